@@ -1,0 +1,1 @@
+"""The ground floor: errors, the folder registry, recipes, seeds, events, units. Imports neither torch nor numpy."""

@@ -1,0 +1,87 @@
+"""What happens in a run, as events: JSON lines always, the console and others when they listen."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Sink = Callable[[str, dict[str, Any]], None]
+
+
+class Events:
+    """Hands every event to all sinks: `emit("step", step=3, loss=2.1)`.
+
+    A sink is any callable `(kind, fields)`. Sinks are closed in order by `close()` where they have one.
+    """
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = list(sinks)
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        for sink in self.sinks:
+            sink(kind, fields)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            close = getattr(sink, "close", None)
+            if close is not None:
+                close()
+
+
+class JsonLines:
+    """Appends each event as one line `{"t": unix seconds, "kind": …, …}`; every line is flushed.
+
+    A line torn by a kill is cut off when the file is opened again, so the file is always whole lines.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            data = path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole != len(data):
+                os.truncate(path, whole)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, kind: str, fields: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"t": round(time.time(), 3), "kind": kind, **fields}, default=str) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run so far; a torn last line is left out."""
+    out = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return out
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    names = ("plures", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": {n: of(n) for n in names},
+    }

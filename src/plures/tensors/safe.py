@@ -1,0 +1,132 @@
+"""safetensors on disk: checked reads, atomic writes, hashes. A pickle is refused before a byte of it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from plures.core.errors import BadInput, disk
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise BadInput where `path` is a pickle by name or by its first bytes: loading one runs its author's code."""
+    magic = b""
+    if path.is_file():
+        with disk(path, "read"), path.open("rb") as f:
+            magic = f.read(4)
+    if path.suffix in PICKLES or magic.startswith(_PICKLE_MAGIC):
+        raise BadInput(f"{str(path)!r} is a pickle, which can run code when loaded; Plures reads safetensors only. "
+                       "Convert it with `safetensors.torch.save_file` on a machine you can lose.")  # fmt: skip
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, `{name: {"dtype", "shape", "data_offsets"}}`, with every bound checked.
+
+    Raises: BadInput where the file is missing, a pickle, truncated, or not safetensors.
+    """
+    refuse_pickle(path)
+    with disk(path, "read"), path.open("rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        start = f.read(8)
+        if len(start) < 8:
+            raise BadInput(f"{str(path)!r} is not a safetensors file: it has {size} bytes")
+        n = struct.unpack("<Q", start)[0]
+        if n > min(size - 8, 100_000_000):
+            raise BadInput(f"{str(path)!r} is not a safetensors file, or is truncated: its header claims {n} bytes of {size}")
+        try:
+            found = json.loads(f.read(n))
+            ends = [e["data_offsets"][1] for k, e in found.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{str(path)!r} is not a safetensors file: its header is not valid JSON") from error
+    want = 8 + n + max(ends, default=0)
+    if want != size:
+        raise BadInput(f"{str(path)!r} is truncated or damaged: its header promises {want} bytes, it has {size}")
+    return found
+
+
+def read(path: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file (only `names`, where given), on the CPU."""
+    header(path)
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            return {k: f.get_tensor(k) for k in (f.keys() if names is None else names)}
+    except SafetensorError as error:
+        raise BadInput(f"{str(path)!r} cannot be read as safetensors: {error}") from error
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file; {} where it has none."""
+    return dict(header(path).get("__metadata__", {}))
+
+
+def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> bytes:
+    """The safetensors file of `tensors` as bytes; equal tensors in, equal bytes out, whatever the order."""
+    whole = {k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}
+    return save(whole, metadata=dict(meta) if meta else None)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put `data` at `path` atomically: a temporary file beside it, fsync, rename, fsync of the folder."""
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that a rename in it survives a power cut; a no-op where the system cannot."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    write_bytes(path, to_bytes(tensors, meta))
+
+
+def tensor_hash(t: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes, in hex: equal content, equal hash, wherever it stands."""
+    flat = t.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')}{list(flat.shape)}".encode())
+    digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with disk(path, "read"), path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
