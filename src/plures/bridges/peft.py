@@ -1,0 +1,446 @@
+"""Every `adapt/` method as a PEFT plug-in: one PEFT type, `PLURES`, whose config names the method.
+
+`config_for("mos", r=16, target_modules="all-linear")` works wherever a LoraConfig does: get_peft_model, save and
+load, several adapters (of different methods) in one model, mixed batches, merge, Trainer, TRL. One type for all
+methods means that a new file in `adapt/` is a PEFT method at once, and that MoS and LoRA variants can stand in one
+model and one batch.
+
+A pool that sites share is held by the first site of its group (its owner) and reached by the others through a plain
+reference, so it is saved once, follows `delete_adapter` and `deepcopy`, and needs no state on the tuner: PEFT's
+`inject_adapter_in_model` and transformers' `model.load_adapter` work too. Names are `plures_own.<adapter>.<leaf>`
+and `plures_pool.<adapter>.<leaf>`, because TRL copies a policy into its reference by `.default.` in the middle.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from plures.adapt import adapts
+from plures.adapt._lay import Laid, lay
+from plures.core.errors import WrongUse
+from plures.tensors.lowrank import truncate, weighted_sum
+from plures.tensors.rng import normal, rng
+from plures.tensors.site import Site
+
+FORMAT_VERSION = 1
+
+
+def _add_peft_type(name: str) -> None:
+    """Add a member to PEFT's closed enum of types: PEFT has no plug-in discovery (huggingface/peft#2273)."""
+    if name in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+
+
+_add_peft_type("PLURES")
+
+
+@dataclass
+class PluresConfig(PeftConfig):
+    """A PEFT config that names a Plures method and its options.
+
+    Fields are PEFT's own where it has them. `init_weights=False` draws what would start at zero, so that the adapter
+    is no identity (PEFT's tests ask for it). Raises: WrongUse for an unknown method or option.
+    """
+
+    method: str = field(default="mos", metadata={"help": "a file of plures/adapt"})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's options"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "names, a regex, or all-linear"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regex to leave out"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer numbers to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, in training"})
+    bias: Literal["none", "all", "plures_only"] = field(default="none", metadata={"help": "biases to train"})
+    seed: int = field(default=0, metadata={"help": "seed of every stream the starting tensors are drawn from"})
+    init_weights: bool = field(default=True, metadata={"help": "start as the identity"})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "layout of the saved tensors"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PLURES  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise WrongUse("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise WrongUse("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise WrongUse("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.format_version != FORMAT_VERSION:
+            raise WrongUse(f"format_version {self.format_version} is not {FORMAT_VERSION}: written by another Plures")
+        if not 0 <= self.dropout < 1:
+            raise WrongUse(f"dropout must be in [0, 1), got {self.dropout}")
+        self.make()  # all errors now, not at injection
+
+    def make(self) -> Any:
+        """The method, with its options checked."""
+        return adapts.make(self.method, **self.options)
+
+
+def config_for(name: str, **settings: Any) -> PluresConfig:
+    """The PeftConfig of method `name`; settings are the method's options and PluresConfig's own fields, mixed.
+
+    Example: `get_peft_model(model, config_for("mos", r=16, e=2, target_modules="all-linear", seed=3))`.
+    """
+    own = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+    own |= set(PluresConfig.__dataclass_fields__) - {"method", "options"}
+    options = {k: v for k, v in settings.items() if k not in own}
+    return PluresConfig(method=name, options=options, **{k: v for k, v in settings.items() if k in own})
+
+
+class Leaves(nn.Module):
+    """Tensors by name: trained ones as parameters, constants as buffers, both saved."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], frozen: frozenset[str]) -> None:
+        super().__init__()
+        for name, t in tensors.items():
+            if t.is_floating_point() and name not in frozen:
+                self.register_parameter(name, nn.Parameter(t))
+            else:
+                self.register_buffer(name, t)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        return {k: v for d in (self._parameters, self._buffers) for k, v in d.items() if v is not None}
+
+
+class PluresLayer(nn.Module, BaseTunerLayer):
+    """A linear map of the base with any number of Plures adapters on it."""
+
+    adapter_layer_names = ("plures_own", "plures_pool")
+    other_param_names = ("plures_dropout", "methods", "sites", "owners")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        weight = self.get_base_layer().weight
+        self.transposed = isinstance(self.get_base_layer(), Conv1D)  # GPT-2 stores [into, out]
+        if self.transposed:
+            self.in_features, self.out_features = weight.shape
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features  # type: ignore[assignment]
+        self.plures_own = nn.ModuleDict()
+        self.plures_pool = nn.ModuleDict()  # only on the owner of a group
+        self.plures_dropout = nn.ModuleDict()
+        self.methods: dict[str, Any] = {}
+        self.sites: dict[str, Site] = {}
+        self.owners: dict[str, PluresLayer | None] = {}
+        self._merged_deltas: dict[str, Tensor] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def plan(self, adapter: str, method: Any, dropout: float) -> None:
+        """Take on an adapter whose tensors come with `fill`."""
+        self.methods[adapter] = method
+        self.plures_dropout[adapter] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def fill(self, adapter: str, site: Site, own: Mapping[str, Tensor], owner: PluresLayer | None,
+             pool: Mapping[str, Tensor] | None) -> None:  # fmt: skip
+        """Lay the adapter's tensors; `pool` is given to the owner of the group alone."""
+        frozen = self.methods[adapter].frozen
+        self.sites[adapter], self.owners[adapter] = site, owner
+        self.plures_own[adapter] = Leaves(own, frozen)
+        if pool is not None:
+            self.plures_pool[adapter] = Leaves(pool, frozen)
+        self._move_adapter_to_device_of_base_layer(adapter)
+
+    def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The adapter's own tensors here, and its pool wherever that is held."""
+        own = self.plures_own[adapter].tensors()  # type: ignore[operator]
+        owner = self.owners[adapter]
+        if owner is None:
+            return own, {}
+        pool = owner.plures_pool[adapter].tensors()  # type: ignore[operator]
+        if owner is not self and own:  # a model spread over devices: follow this layer
+            device = next(iter(own.values())).device
+            pool = {k: t.to(device) for k, t in pool.items()}
+        return own, pool
+
+    def base_weight(self) -> Tensor:
+        """The base's weight as `[out, into]`, dequantised where it must be."""
+        W: Tensor = self.get_base_weight()
+        return W.T if self.transposed else W
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base's weight, in the base's layout and dtype."""
+        own, pool = self.tensors(adapter)
+        own = {k: t.float() if t.is_floating_point() else t for k, t in own.items()}
+        pool = {k: t.float() if t.is_floating_point() else t for k, t in pool.items()}
+        method, W = self.methods[adapter], self.base_weight()
+        if hasattr(method, "factors"):
+            B, A = method.factors(own, pool)
+            delta = B @ A
+        else:
+            delta = method.weight(W.float(), own, pool) - W.float()
+        return (delta.T if self.transposed else delta).to(W.dtype)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the deltas of the active (or named) adapters to the base's weight; `safe_merge` checks for NaN first."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.plures_own:
+                continue
+            base = self.get_base_layer()
+            if not base.weight.is_floating_point():
+                raise WrongUse(f"{self.name!r} is quantised ({base.weight.dtype}): merge on the unquantised base instead")
+            delta = self.get_delta_weight(adapter)
+            if safe_merge:
+                merged = base.weight.data + delta
+                if not torch.isfinite(merged).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+                base.weight.data = merged
+            else:
+                base.weight.data += delta
+            if not hasattr(self.methods[adapter], "factors"):
+                self._merged_deltas[adapter] = delta  # a method that reads W cannot be recomputed from the merged one
+            self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged deltas out of the base's weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.plures_own:
+                kept = self._merged_deltas.pop(adapter, None)
+                self.get_base_layer().weight.data -= self.get_delta_weight(adapter) if kept is None else kept
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """All methods here add to the weight."""
+        return True
+
+    def _adapt(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        own, pool = self.tensors(adapter)
+        method = self.methods[adapter]
+        dtype = next((t.dtype for t in (*own.values(), *pool.values()) if t.is_floating_point()), x.dtype)
+        x = self.plures_dropout[adapter](self._cast_input_dtype(x, dtype))
+        if hasattr(method, "forward"):
+            return method.forward(x, y, own, pool)
+        W = self.base_weight().to(x.dtype)
+        return y + nn.functional.linear(x, method.weight(W, own, pool) - W).to(y.dtype)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter in dict.fromkeys(adapter_names):  # "__base__" has no tensors anywhere
+            if adapter in self.plures_own:
+                rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == adapter], device=x.device)
+                y = y.index_copy(0, rows, self._adapt(adapter, x[rows], y[rows]))
+        return y
+
+    def _check_forward_args(self, x: Tensor, adapter_names: list[str] | None) -> None:
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
+                             f"{len(adapter_names)} and {len(x)} respectively.")  # fmt: skip
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call "
+                             "`unmerge_adapter` first.")  # fmt: skip
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output with the active adapters on it; `adapter_names` gives every row its own."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        self._check_forward_args(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if not self.merged:
+            for adapter in self.active_adapters:
+                if adapter in self.plures_own:
+                    y = self._adapt(adapter, x, y)
+        return y
+
+    def __repr__(self) -> str:
+        return "plures." + super().__repr__()
+
+
+class PluresModel(BaseTuner):
+    """PEFT's tuner for all Plures methods."""
+
+    prefix = "plures_"
+    tuner_layer_cls = PluresLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(self, peft_config: PluresConfig, adapter_name: str, target: nn.Module, target_name: str,
+                            parent: nn.Module, current_key: str, parameter_name: str | None = None) -> None:  # fmt: skip
+        if isinstance(target, PluresLayer):
+            layer = target
+        elif isinstance(target, BaseTunerLayer) or not isinstance(target, (nn.Linear, Conv1D)):
+            raise ValueError(f"Target module {target} is not supported: {current_key!r} is no linear map. Plures adapts "
+                             "torch.nn.Linear (and its quantised kin) and transformers' Conv1D.")  # fmt: skip
+        else:
+            layer = PluresLayer(target, current_key)
+            self._replace_module(parent, target_name, layer, target)
+        layer.plan(adapter_name, peft_config.make(), peft_config.dropout)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A fresh PluresLayer has no tensors to move yet; PEFT's own version would move what `prefix` names.
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
+                       low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None) -> None:  # fmt: skip
+        """Replace the targets, then lay the tensors: a pool's size is known only when all its sites are."""
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        config: PluresConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        layers = {m.name: m for m in model.modules() if isinstance(m, PluresLayer) and adapter_name in m.methods}
+        if not layers:
+            return
+        method = next(iter(layers.values())).methods[adapter_name]
+        with torch.device("meta" if low_cpu_mem_usage else "cpu"):
+            laid = lay(method, [site_of(layer) for layer in layers.values()], config.seed)
+        if not config.init_weights and not low_cpu_mem_usage:
+            laid = _without_zeros(laid, method.frozen, config.seed)
+        fill_layers(layers, adapter_name, laid)
+        train = adapter_name in self.active_adapters and not config.inference_mode
+        for layer in layers.values():
+            layer.set_requires_grad(adapter_name, train)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` to every layer for one forward call, each name checked."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for m in self.modules() if isinstance(m, PluresLayer) for name in m.plures_own}
+        unknown = sorted({n for n in adapter_names if n != "__base__"} - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeat = beams if isinstance(beams, int) and beams > 1 else 1
+        if repeat > 1 and not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        repeated = [n for n in adapter_names for _ in range(repeat)]
+        encoder = _get_encoder(self.model) if repeat > 1 else None
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            m.register_forward_pre_hook(
+                partial(_adapter_names_pre_forward_hook, adapter_names=adapter_names if m in in_encoder else repeated),
+                with_kwargs=True,
+            )
+            for m in self.modules()
+            if isinstance(m, (PluresLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+                             combination_type: str = "cat", svd_rank: int | None = None) -> None:  # fmt: skip
+        """Add an adapter whose delta is the weighted sum of others' deltas, whatever their methods.
+
+        "cat" is exact: the sum of low-rank deltas, as a LoRA of the summed ranks. "svd" is its best approximation of
+        rank `svd_rank`. A sum with a dense delta in it is dense. PEFT's "linear" (adding factors, which is not
+        the sum of the deltas) has no meaning here and is refused.
+        """
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+        if adapter_name in self.peft_config:
+            return
+        if combination_type not in ("cat", "svd"):
+            raise WrongUse(f"combination_type {combination_type!r} is not one of 'cat' (exact) and 'svd' (needs svd_rank)")
+        if combination_type == "svd" and not svd_rank:
+            raise WrongUse("combination_type 'svd' needs svd_rank")
+        mixed, plain = {}, True
+        for layer in (m for m in self.modules() if isinstance(m, PluresLayer)):
+            here = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.plures_own]
+            if not here:
+                continue
+            if all(hasattr(layer.methods[n], "factors") for n, _ in here):
+                parts = [layer.methods[n].factors(*layer.tensors(n)) for n, _ in here]
+                B, A = weighted_sum(parts, [w for _, w in here])
+                B, A = truncate(B, A, svd_rank) if svd_rank else (B, A)
+                mixed[layer] = {"A": A.clone(), "B": B.clone()}
+            else:
+                plain = False
+                D = sum(w * layer.get_delta_weight(n).float() for n, w in here)
+                mixed[layer] = {"D": D.T if layer.transposed else D}  # type: ignore[union-attr]
+        if not plain:
+            mixed = {m: t if "D" in t else {"D": t["B"] @ t["A"]} for m, t in mixed.items()}
+        rank = max((t["A"].shape[0] for t in mixed.values() if "A" in t), default=1)
+        options = {"r": rank, "alpha": float(rank)} if plain else {}
+        names = sorted(layer.name for layer in mixed)
+        self.peft_config[adapter_name] = config = PluresConfig(
+            method="lora" if plain else "full", options=options, target_modules=names, inference_mode=True
+        )
+        for layer, own in mixed.items():
+            layer.plan(adapter_name, config.make(), 0.0)
+            layer.fill(adapter_name, site_of(layer), own, None, None)
+            layer.set_requires_grad(adapter_name, False)
+
+
+def site_of(layer: PluresLayer) -> Site:
+    """The site that a layer stands on."""
+    return Site(layer.name, int(layer.out_features), int(layer.in_features), layer.base_weight().detach())
+
+
+def fill_layers(layers: Mapping[str, PluresLayer], adapter: str, laid: Laid) -> None:
+    """Hand every layer its tensors, and each group's pool to its first layer."""
+    owners = {group: layers[next(s.name for s in laid.sites if laid.group_of[s.name] == group)] for group in laid.pool}
+    for site in laid.sites:
+        layer, owner = layers[site.name], owners.get(laid.group_of[site.name])
+        pool = laid.pool[laid.group_of[site.name]] if owner is layer else None
+        bare = Site(site.name, site.out, site.into, None, site.at, site.depth)
+        layer.fill(adapter, bare, laid.own[site.name], owner, pool)
+
+
+def _without_zeros(laid: Laid, frozen: frozenset[str], seed: int) -> Laid:
+    """The same tensors, with trained ones that start at zero drawn from a small normal."""
+
+    def drawn(room: str, owner: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            k: normal(rng(seed, "init_weights", room, owner, k), tuple(t.shape), 0.1)
+            if t.is_floating_point() and k not in frozen and not t.any()
+            else t
+            for k, t in leaves.items()
+        }
+
+    own = {s: drawn("own", s, v) for s, v in laid.own.items()}
+    return Laid(laid.sites, laid.group_of, own, {g: drawn("pool", g, v) for g, v in laid.pool.items()})
+
+
+def config_dict(config: PluresConfig) -> dict[str, Any]:
+    """The config as JSON-ready values."""
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(config).items()}
+
+
+if PeftType.PLURES not in PEFT_TYPE_TO_TUNER_MAPPING:  # type: ignore[attr-defined]
+    register_peft_method(name="plures", config_cls=PluresConfig, model_cls=PluresModel)
