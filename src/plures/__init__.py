@@ -1,0 +1,52 @@
+"""Plures: out of one base model, many variants. `import plures` is quick; names are loaded when first used.
+
+Importing it registers PEFT's type PLURES as soon as `peft` is asked for one of our adapters.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_WHERE = {
+    "Fleet": "plures.flows.fleet",
+    "FleetVariant": "plures.flows.fleet",
+    "Store": "plures.store",
+    "Version": "plures.store",
+    "Variant": "plures.tensors.variant",
+    "BaseRef": "plures.tensors.variant",
+    "Site": "plures.tensors.site",
+    "adapts": "plures.adapt",
+    "config_for": "plures.bridges.peft",
+    "PluresConfig": "plures.bridges.peft",
+    "TrainRecipe": "plures.flows.recipes",
+    "train": "plures.flows.train",
+    "PluresError": "plures.core.errors",
+    "WrongUse": "plures.core.errors",
+    "BadInput": "plures.core.errors",
+}
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+if TYPE_CHECKING:
+    from plures.adapt import adapts
+    from plures.bridges.peft import PluresConfig, config_for
+    from plures.core.errors import BadInput, PluresError, WrongUse
+    from plures.flows.fleet import Fleet, FleetVariant
+    from plures.flows.recipes import TrainRecipe
+    from plures.flows.train import train
+    from plures.store import Store, Version
+    from plures.tensors.site import Site
+    from plures.tensors.variant import BaseRef, Variant
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'plures' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

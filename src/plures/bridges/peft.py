@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,15 +24,17 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from plures.adapt import adapts
 from plures.adapt._lay import Laid, lay
-from plures.core.errors import WrongUse
+from plures.core.errors import WrongUse, nearest
 from plures.tensors.lowrank import truncate, weighted_sum
 from plures.tensors.rng import normal, rng
 from plures.tensors.site import Site
@@ -72,6 +74,9 @@ class PluresConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer numbers to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "rows of the embedding to train (TRL fills it in for new chat tokens)"}
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, in training"})
     bias: Literal["none", "all", "plures_only"] = field(default="none", metadata={"help": "biases to train"})
     seed: int = field(default=0, metadata={"help": "seed of every stream the starting tensors are drawn from"})
@@ -81,10 +86,9 @@ class PluresConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PLURES  # type: ignore[attr-defined]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):  # sets, as PEFT has them
+            if isinstance(given := getattr(self, name), list):
+                setattr(self, name, set(given))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise WrongUse("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
@@ -107,9 +111,11 @@ def config_for(name: str, **settings: Any) -> PluresConfig:
 
     Example: `get_peft_model(model, config_for("mos", r=16, e=2, target_modules="all-linear", seed=3))`.
     """
-    own = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
-    own |= set(PluresConfig.__dataclass_fields__) - {"method", "options"}
+    own = set(PluresConfig.__dataclass_fields__) - {"method", "options"}
     options = {k: v for k, v in settings.items() if k not in own}
+    known = [*adapts[name].__dataclass_fields__, *own]  # type: ignore[attr-defined]
+    for k in (k for k in options if k not in known):
+        raise WrongUse(f"{k!r} is neither an option of {name} nor a setting of its PEFT config.{nearest(k, known)}")
     return PluresConfig(method=name, options=options, **{k: v for k, v in settings.items() if k in own})
 
 
@@ -135,16 +141,15 @@ class PluresLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("plures_own", "plures_pool")
     other_param_names = ("plures_dropout", "methods", "sites", "owners")
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, **quantisation: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        weight = self.get_base_layer().weight
-        self.transposed = isinstance(self.get_base_layer(), Conv1D)  # GPT-2 stores [into, out]
-        if self.transposed:
-            self.in_features, self.out_features = weight.shape
-        else:
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features  # type: ignore[assignment]
+        self.quantization_backend = resolve_quantization_backend(base_layer, **quantisation)
+        self.transposed = isinstance(base_layer, Conv1D)  # GPT-2 stores [into, out]
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(base_layer)  # type: ignore[assignment]
         self.plures_own = nn.ModuleDict()
         self.plures_pool = nn.ModuleDict()  # only on the owner of a group
         self.plures_dropout = nn.ModuleDict()
@@ -170,6 +175,10 @@ class PluresLayer(nn.Module, BaseTunerLayer):
             self.plures_pool[adapter] = Leaves(pool, frozen)
         self._move_adapter_to_device_of_base_layer(adapter)
 
+    def leaves(self, adapter: str) -> list[Leaves]:
+        """What of the adapter is held here: its own tensors, and its pool where this layer owns that."""
+        return [room[adapter] for room in (self.plures_own, self.plures_pool) if adapter in room]  # type: ignore[misc]
+
     def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The adapter's own tensors here, and its pool wherever that is held."""
         own = self.plures_own[adapter].tensors()  # type: ignore[operator]
@@ -182,41 +191,50 @@ class PluresLayer(nn.Module, BaseTunerLayer):
             pool = {k: t.to(device) for k, t in pool.items()}
         return own, pool
 
+    def _move_adapter_to_device_of_base_layer(self, adapter: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the base's dtype, which would round constants, and looks for `meta` among
+        # parameters only, where most sites of a pool have none. The dtype is `_cast_adapter_dtype`'s business.
+        device = device or self._get_base_layer_device_and_dtype(self.base_layer)[0]
+        for leaves in self.leaves(adapter):
+            if device is not None and not any(t.is_meta for t in leaves.tensors().values()):
+                leaves.to(device)
+
     def base_weight(self) -> Tensor:
-        """The base's weight as `[out, into]`, dequantised where it must be."""
+        """The base's weight as `[out, into]`, dequantised where PEFT knows how."""
+        backend, weight = self.quantization_backend, self.get_base_layer().weight
+        if not (backend.supports_merge if backend else weight.is_floating_point()):
+            kind = backend.backend_name if backend else weight.dtype
+            raise WrongUse(f"{self.name!r} is quantised ({kind}) with no way back; use the unquantised base for this")
         W: Tensor = self.get_base_weight()
         return W.T if self.transposed else W
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the base's weight, in the base's layout and dtype."""
-        own, pool = self.tensors(adapter)
-        own = {k: t.float() if t.is_floating_point() else t for k, t in own.items()}
-        pool = {k: t.float() if t.is_floating_point() else t for k, t in pool.items()}
-        method, W = self.methods[adapter], self.base_weight()
+    def delta(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base's weight, `[out, into]` in float32."""
+        rooms = self.tensors(adapter)
+        own, pool = ({k: t.float() if t.is_floating_point() else t for k, t in room.items()} for room in rooms)
+        method: Any = self.methods[adapter]
         if hasattr(method, "factors"):
             B, A = method.factors(own, pool)
-            delta = B @ A
-        else:
-            delta = method.weight(W.float(), own, pool) - W.float()
-        return (delta.T if self.transposed else delta).to(W.dtype)
+            return B @ A  # type: ignore[no-any-return]
+        W = self.base_weight().float()
+        return method.weight(W, own, pool) - W  # type: ignore[no-any-return]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base's weight, in the base's layout and dtype."""
+        dtype, delta = self.get_base_layer().weight.dtype, self.delta(adapter)
+        return (delta.T if self.transposed else delta).to(dtype if dtype.is_floating_point else delta.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the deltas of the active (or named) adapters to the base's weight; `safe_merge` checks for NaN first."""
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.plures_own:
-                continue
-            base = self.get_base_layer()
-            if not base.weight.is_floating_point():
-                raise WrongUse(f"{self.name!r} is quantised ({base.weight.dtype}): merge on the unquantised base instead")
-            delta = self.get_delta_weight(adapter)
-            if safe_merge:
-                merged = base.weight.data + delta
-                if not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-                base.weight.data = merged
-            else:
-                base.weight.data += delta
+        adapters = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.plures_own]
+        deltas = {a: self.delta(a) for a in adapters}  # all before any: a method may read the weight
+        for adapter, delta in deltas.items():
+            W = self.base_weight()
+            merged = (W + delta).to(W.dtype) if safe_merge else W.add_(delta)  # summed in float32, rounded once
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            self.set_base_weight(merged.T if self.transposed else merged)
             if not hasattr(self.methods[adapter], "factors"):
                 self._merged_deltas[adapter] = delta  # a method that reads W cannot be recomputed from the merged one
             self.merged_adapters.append(adapter)
@@ -230,8 +248,9 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.plures_own:
-                kept = self._merged_deltas.pop(adapter, None)
-                self.get_base_layer().weight.data -= self.get_delta_weight(adapter) if kept is None else kept
+                W, kept = self.base_weight(), self._merged_deltas.pop(adapter, None)
+                W.sub_(self.delta(adapter) if kept is None else kept)
+                self.set_base_weight(W.T if self.transposed else W)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """All methods here add to the weight."""
@@ -291,17 +310,22 @@ class PluresModel(BaseTuner):
 
     prefix = "plures_"
     tuner_layer_cls = PluresLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def _create_and_replace(self, peft_config: PluresConfig, adapter_name: str, target: nn.Module, target_name: str,
                             parent: nn.Module, current_key: str, parameter_name: str | None = None) -> None:  # fmt: skip
         if isinstance(target, PluresLayer):
             layer = target
-        elif isinstance(target, BaseTunerLayer) or not isinstance(target, (nn.Linear, Conv1D)):
-            raise ValueError(f"Target module {target} is not supported: {current_key!r} is no linear map. Plures adapts "
-                             "torch.nn.Linear (and its quantised kin) and transformers' Conv1D.")  # fmt: skip
+        elif isinstance(target, NonDynamicallyQuantizableLinear):
+            raise ValueError(f"{current_key!r} belongs to torch's MultiheadAttention, which reads its weight and never "
+                             "calls it: an adapter there has no effect. Name it in `exclude_modules`.")  # fmt: skip
         else:
-            layer = PluresLayer(target, current_key)
+            how = get_quantization_kwargs(self.model)
+            linear = isinstance(target, (nn.Linear, Conv1D)) or resolve_quantization_backend(target, **how)
+            if isinstance(target, BaseTunerLayer) or not linear:
+                raise ValueError(f"Target module {target} is not supported: {current_key!r} is no linear map. Plures "
+                                 "adapts torch.nn.Linear (and its quantised kin) and transformers' Conv1D.")  # fmt: skip
+            layer = PluresLayer(target, current_key, **how)
             self._replace_module(parent, target_name, layer, target)
         layer.plan(adapter_name, peft_config.make(), peft_config.dropout)
 
@@ -312,20 +336,32 @@ class PluresModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
                        low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None) -> None:  # fmt: skip
         """Replace the targets, then lay the tensors: a pool's size is known only when all its sites are."""
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        config: PluresConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        layers = {m.name: m for m in model.modules() if isinstance(m, PluresLayer) and adapter_name in m.methods}
-        if not layers:
-            return
-        method = next(iter(layers.values())).methods[adapter_name]
-        with torch.device("meta" if low_cpu_mem_usage else "cpu"):
-            laid = lay(method, [site_of(layer) for layer in layers.values()], config.seed)
+        config: PluresConfig = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            layers = {m.name: m for m in model.modules() if isinstance(m, PluresLayer) and adapter_name in m.methods}
+            if not layers:
+                return
+            method = config.make()
+            with torch.device("meta" if low_cpu_mem_usage else "cpu"):
+                laid = lay(method, [site_of(layer) for layer in layers.values()], config.seed)
+        except Exception:
+            _clear(model, adapter_name)
+            raise
         if not config.init_weights and not low_cpu_mem_usage:
             laid = _without_zeros(laid, method.frozen, config.seed)
         fill_layers(layers, adapter_name, laid)
         train = adapter_name in self.active_adapters and not config.inference_mode
         for layer in layers.values():
             layer.set_requires_grad(adapter_name, train)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Trained tensors are float32, or the base's dtype where the caller wants no autocast; constants keep theirs.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in (m for m in self.modules() if isinstance(m, PluresLayer) and not autocast_adapter_dtype):
+            dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)[1]
+            for p in (p for leaves in layer.leaves(adapter_name) for p in leaves.parameters()):
+                p.data = p.data.to(dtype) if dtype and dtype.is_floating_point else p.data
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -340,10 +376,11 @@ class PluresModel(BaseTuner):
         unknown = sorted({n for n in adapter_names if n != "__base__"} - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams")
-        repeat = beams if isinstance(beams, int) and beams > 1 else 1
-        if repeat > 1 and not isinstance(adapter_names, (list, tuple)):
+        if not isinstance(adapter_names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        wanted = {**vars(kwargs.get("generation_config") or object), **kwargs}
+        beams, returned = (wanted.get(k) or 1 for k in ("num_beams", "num_return_sequences"))
+        repeat: int = beams if beams > 1 else returned  # how often `generate` repeats each row
         repeated = [n for n in adapter_names for _ in range(repeat)]
         encoder = _get_encoder(self.model) if repeat > 1 else None
         in_encoder = set(encoder.modules()) if encoder is not None else set()
@@ -367,41 +404,44 @@ class PluresModel(BaseTuner):
         """Add an adapter whose delta is the weighted sum of others' deltas, whatever their methods.
 
         "cat" is exact: the sum of low-rank deltas, as a LoRA of the summed ranks. "svd" is its best approximation of
-        rank `svd_rank`. A sum with a dense delta in it is dense. PEFT's "linear" (adding factors, which is not
-        the sum of the deltas) has no meaning here and is refused.
+        rank `svd_rank` (by default the largest rank among the parts). A sum with a dense delta in it, or of more ranks
+        than a site has, is dense. PEFT's "linear" (adding factors, which is not the sum of the deltas) is refused.
         """
+        if adapter_name in self.peft_config:
+            return
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
-        if adapter_name in self.peft_config:
-            return
+            if self.peft_config[name].modules_to_save:
+                raise WrongUse(f"adapter {name!r} has modules_to_save, whole modules that no sum of deltas can hold")
+        if len(adapters) != len(weights) or not adapters:
+            raise WrongUse(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
         if combination_type not in ("cat", "svd"):
-            raise WrongUse(f"combination_type {combination_type!r} is not one of 'cat' (exact) and 'svd' (needs svd_rank)")
-        if combination_type == "svd" and not svd_rank:
-            raise WrongUse("combination_type 'svd' needs svd_rank")
-        mixed, plain = {}, True
+            raise WrongUse(f"combination_type {combination_type!r} is not one of 'cat' (exact) and 'svd' (of svd_rank)")
+        mixed: dict[PluresLayer, dict[str, Tensor]] = {}
         for layer in (m for m in self.modules() if isinstance(m, PluresLayer)):
             here = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.plures_own]
-            if not here:
-                continue
-            if all(hasattr(layer.methods[n], "factors") for n, _ in here):
+            if all(hasattr(layer.methods[n], "factors") for n, _ in here) and here:
                 parts = [layer.methods[n].factors(*layer.tensors(n)) for n, _ in here]
                 B, A = weighted_sum(parts, [w for _, w in here])
-                B, A = truncate(B, A, svd_rank) if svd_rank else (B, A)
-                mixed[layer] = {"A": A.clone(), "B": B.clone()}
+                if combination_type == "svd":
+                    B, A = truncate(B, A, svd_rank or max(a.shape[0] for _, a in parts))
+                mixed[layer] = {"A": A, "B": B}
+            elif here:
+                mixed[layer] = {"D": sum((w * layer.delta(n) for n, w in here), torch.zeros(()))}
+        rank = max((t["A"].shape[0] for t in mixed.values() if "A" in t), default=0)
+        low = all("A" in t and rank <= min(t["A"].shape[1], t["B"].shape[0]) for t in mixed.values())
+        self.peft_config[adapter_name] = config = replace(
+            self.peft_config[adapters[0]], method="lora" if low else "full", init_weights=True, dropout=0.0,
+            options={"r": rank, "alpha": float(rank)} if low else {}, inference_mode=True, exclude_modules=None,
+            target_modules=sorted(m.name for m in mixed), layers_to_transform=None, layers_pattern=None,
+        )  # fmt: skip
+        for layer, t in mixed.items():
+            if low:  # one config has one rank: pad with zeros
+                spare = rank - t["A"].shape[0]
+                own = {"A": nn.functional.pad(t["A"], (0, 0, 0, spare)), "B": nn.functional.pad(t["B"], (0, spare))}
             else:
-                plain = False
-                D = sum(w * layer.get_delta_weight(n).float() for n, w in here)
-                mixed[layer] = {"D": D.T if layer.transposed else D}  # type: ignore[union-attr]
-        if not plain:
-            mixed = {m: t if "D" in t else {"D": t["B"] @ t["A"]} for m, t in mixed.items()}
-        rank = max((t["A"].shape[0] for t in mixed.values() if "A" in t), default=1)
-        options = {"r": rank, "alpha": float(rank)} if plain else {}
-        names = sorted(layer.name for layer in mixed)
-        self.peft_config[adapter_name] = config = PluresConfig(
-            method="lora" if plain else "full", options=options, target_modules=names, inference_mode=True
-        )
-        for layer, own in mixed.items():
+                own = t if "D" in t else {"D": t["B"].float() @ t["A"].float()}
             layer.plan(adapter_name, config.make(), 0.0)
             layer.fill(adapter_name, site_of(layer), own, None, None)
             layer.set_requires_grad(adapter_name, False)
@@ -409,7 +449,9 @@ class PluresModel(BaseTuner):
 
 def site_of(layer: PluresLayer) -> Site:
     """The site that a layer stands on."""
-    return Site(layer.name, int(layer.out_features), int(layer.in_features), layer.base_weight().detach())
+    packed = layer.quantization_backend or not layer.get_base_layer().weight.is_floating_point()
+    W = None if packed else layer.base_weight().detach()  # a quantised base is not unpacked whole
+    return Site(layer.name, layer.out_features, layer.in_features, W)
 
 
 def fill_layers(layers: Mapping[str, PluresLayer], adapter: str, laid: Laid) -> None:
@@ -420,6 +462,17 @@ def fill_layers(layers: Mapping[str, PluresLayer], adapter: str, laid: Laid) -> 
         pool = laid.pool[laid.group_of[site.name]] if owner is layer else None
         bare = Site(site.name, site.out, site.into, None, site.at, site.depth)
         layer.fill(adapter, bare, laid.own[site.name], owner, pool)
+
+
+def _clear(model: nn.Module, adapter: str) -> None:
+    """Take back an injection that failed: forget the adapter, and give layers that hold no other their base again."""
+    for key, layer in [(k, m) for k, m in model.named_modules() if isinstance(m, PluresLayer)]:
+        layer.methods.pop(adapter, None)
+        if adapter in layer.plures_dropout:
+            del layer.plures_dropout[adapter]
+        if not layer.methods:
+            parent, _, name = _get_submodules(model, key)
+            setattr(parent, name, layer.base_layer)
 
 
 def _without_zeros(laid: Laid, frozen: frozenset[str], seed: int) -> Laid:
@@ -435,11 +488,6 @@ def _without_zeros(laid: Laid, frozen: frozenset[str], seed: int) -> Laid:
 
     own = {s: drawn("own", s, v) for s, v in laid.own.items()}
     return Laid(laid.sites, laid.group_of, own, {g: drawn("pool", g, v) for g, v in laid.pool.items()})
-
-
-def config_dict(config: PluresConfig) -> dict[str, Any]:
-    """The config as JSON-ready values."""
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(config).items()}
 
 
 if PeftType.PLURES not in PEFT_TYPE_TO_TUNER_MAPPING:  # type: ignore[attr-defined]

@@ -1,0 +1,54 @@
+# Two commands: `make demo` and `make test`. Plain python3 >= 3.11 with venv and pip is all that is needed.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+RUN := $(VENV)/bin
+PIP := $(RUN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test test-all check bench docs size clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   a fleet of variants, trained on real text, in a few minutes"
+	@echo "make test   the tests"
+	@echo "make check  lint, types, layers"
+	@echo "make bench  the benchmarks (long)"
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Plures needs Python 3.11 or newer on the PATH"; exit 2; }
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $$($(RUN)/python tools/torch_index.py) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.base
+	$(RUN)/plures demo
+
+test: $(VENV)/.dev
+	$(RUN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+test-all: $(VENV)/.dev
+	$(RUN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+check: $(VENV)/.dev
+	$(RUN)/ruff check src tests benchmarks tools
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+	$(RUN)/python tools/write_docs.py --check
+
+docs: $(VENV)/.dev
+	$(RUN)/python tools/write_docs.py
+
+bench: $(VENV)/.dev
+	$(RUN)/python benchmarks/train_step.py
+	$(RUN)/python benchmarks/store_bytes.py
+	$(RUN)/python benchmarks/equal_budget.py
+
+size:
+	@wc -l $$(git ls-files 'src/*.py') | sort -n | tail -15
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

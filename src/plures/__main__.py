@@ -1,0 +1,5 @@
+"""`python -m plures` is `plures`."""
+
+from plures.cli.app import main
+
+main()

@@ -1,0 +1,420 @@
+"""Variants as Hugging Face adapter folders, and on PEFT models; both ways, strict.
+
+A folder is `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `plures.json`. A variant of method
+`lora` is written as PEFT's own LoRA, so that any LoRA server loads it as it is; every other method is written as
+PEFT type PLURES, which needs `import plures`, and `as_lora` turns each low-rank one into plain LoRA without loss.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
+
+from plures.adapt import adapts
+from plures.adapt._lay import Laid, lay
+from plures.bridges.peft import FORMAT_VERSION, PluresConfig, PluresLayer, fill_layers
+from plures.core.errors import BadInput, WrongUse, disk
+from plures.tensors import safe
+from plures.tensors.site import Site, grouped
+from plures.tensors.variant import BaseRef, Variant, from_flat
+
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "plures.json"
+PREFIX = "base_model.model."
+Shapes = Mapping[str, tuple[int, int]]  # site -> (out, into), of the base
+
+
+# ---------------------------------------------------------------- variant <-> PEFT model
+
+
+def capture(model: Any, adapter: str, base: BaseRef, provenance: Mapping[str, Any]) -> Variant:
+    """The variant that `adapter` is on a PEFT model, tensors copied to the CPU."""
+    layers = [m for m in model.modules() if isinstance(m, PluresLayer) and adapter in m.plures_own]
+    assert layers, f"the model has no adapter {adapter!r}"
+    config: PluresConfig = model.peft_config[adapter]
+    method = layers[0].methods[adapter]
+    sites = tuple(layer.sites[adapter] for layer in layers)
+    owned = {s.name: method.group(s) for s in sites}
+    pools = {
+        owned[layer.sites[adapter].name]: _copied(layer.plures_pool[adapter].tensors())  # type: ignore[operator]
+        for layer in layers
+        if adapter in layer.plures_pool
+    }
+    own = {layer.name: _copied(layer.plures_own[adapter].tensors()) for layer in layers}  # type: ignore[operator]
+    extra = {
+        f"{_bare(name)}.{key}": t.detach().cpu().clone()
+        for name, m in model.named_modules()
+        if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save
+        for key, t in m.modules_to_save[adapter].state_dict().items()
+    }
+    return Variant(config.method, dict(config.options), base, sites, owned, own, pools, extra, dict(provenance))
+
+
+def put_on(model: Any, config: PluresConfig, slot: str, low_cpu_mem_usage: bool = False) -> Any:
+    """`model` (a base, or a PEFT model) with a new adapter of `config` under the name `slot`."""
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5 by a name that is going away
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        if isinstance(model, PeftModel):
+            model.add_adapter(slot, config, low_cpu_mem_usage=low_cpu_mem_usage)
+            return model
+        return get_peft_model(model, config, adapter_name=slot, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def attach(model: Any, variant: Variant, slot: str) -> Any:
+    """`model` (a base, or a PEFT model) with `variant` on it under the adapter name `slot`.
+
+    `slot` is ours, never a customer's name: PEFT cuts keys by adapter name.
+    """
+    names = [s.name for s in variant.sites]
+    heads = sorted({k.rpartition(".")[0] for k in variant.extra})
+    config = PluresConfig(
+        task_type="CAUSAL_LM", method=variant.method, options=dict(variant.options), target_modules=names,
+        inference_mode=True, modules_to_save=heads or None,
+    )  # fmt: skip
+    model = put_on(model, config, slot, low_cpu_mem_usage=True)
+    layers = {m.name: m for m in model.modules() if isinstance(m, PluresLayer) and slot in m.methods}
+    if set(layers) != set(names):
+        raise BadInput(f"the variant's sites are not the base's: {sorted(set(names) ^ set(layers))[:3]} …")
+    for site in variant.sites:
+        if (layers[site.name].out_features, layers[site.name].in_features) != (site.out, site.into):
+            raise BadInput(f"the variant is of another base: {site.name!r} is [{site.out}, {site.into}] in it")
+    with torch.no_grad():
+        fill_layers(layers, slot, Laid(variant.sites, variant.group_of, variant.own, variant.pool))
+        for layer in layers.values():
+            layer.set_requires_grad(slot, False)
+        for name, m in model.named_modules():
+            if isinstance(m, ModulesToSaveWrapper) and slot in m.modules_to_save:
+                found = {k: t for k, t in variant.extra.items() if k.startswith(_bare(name) + ".")}
+                m.modules_to_save[slot].load_state_dict(
+                    {k.removeprefix(_bare(name) + "."): t for k, t in found.items()}, assign=True
+                )
+    return model
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX).removeprefix("base_model.")
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t.detach().cpu().clone() for k, t in tensors.items()}
+
+
+# ---------------------------------------------------------------- other forms of a variant
+
+
+def as_lora(variant: Variant) -> Variant:
+    """The same variant as plain LoRA, exact: `B A` is the delta, scaled already (alpha = r).
+
+    Raises: WrongUse where the method is not low-rank.
+    """
+    if variant.method == "lora":
+        return variant
+    method = adapts.make(variant.method, **variant.options)
+    if not hasattr(method, "factors"):
+        raise WrongUse(f"a {variant.method!r} variant has no low-rank factors; export it merged (--as merged) instead")
+    own, rank = {}, 0
+    for site in variant.sites:
+        B, A = method.factors(variant.own[site.name], variant.pool.get(variant.group_of[site.name], {}))
+        own[site.name] = {"A": A.contiguous().clone(), "B": B.contiguous().clone()}
+        rank = max(rank, A.shape[0])
+    facts = {**variant.provenance, "was": {"method": variant.method, "options": dict(variant.options)}}
+    return Variant("lora", {"r": rank, "alpha": float(rank)}, variant.base, variant.sites,
+                   dict.fromkeys(variant.group_of, ""), own, {}, variant.extra, facts)  # fmt: skip
+
+
+@torch.no_grad()
+def merge_into(model: Any, variant: Variant) -> Any:
+    """`model`, a fresh base, with the variant's deltas added to its weights in place."""
+    method = adapts.make(variant.method, **variant.options)
+    modules = dict(model.named_modules())
+    for site in variant.sites:
+        module = modules.get(site.name)
+        if module is None:
+            raise BadInput(f"the variant is of another base: this one has no site {site.name!r}")
+        transposed = type(module).__name__ == "Conv1D"
+        W = module.weight.data.T if transposed else module.weight.data
+        if tuple(W.shape) != (site.out, site.into):
+            raise BadInput(f"the variant is of another base: {site.name!r} is {list(W.shape)} here, not {[site.out, site.into]}")
+        own, pool = _floats(variant.own[site.name]), _floats(variant.pool.get(variant.group_of[site.name], {}))
+        merged = method.weight(W.float(), own, pool).to(W.dtype)
+        module.weight.data = merged.T.contiguous() if transposed else merged
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, t in variant.extra.items():
+        parameters[name].data = t.to(parameters[name].dtype)
+    return model
+
+
+def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+
+
+# ---------------------------------------------------------------- variant -> folder
+
+
+def write_folder(variant: Variant, folder: Path, *, name: str = "") -> None:
+    """Write `variant` as a Hugging Face adapter folder; the weights come last, so a torn folder does not load.
+
+    Raises: WrongUse where `folder` exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WrongUse(f"{str(folder)!r} exists and is not empty; name a new folder")
+    keys = _lora_keys(variant) if variant.method == "lora" else _plures_keys(variant)
+    config = _lora_config(variant) if variant.method == "lora" else _plures_config(variant)
+    manifest = variant.manifest() | {"tensors": {k: safe.tensor_hash(t) for k, t in keys.items()}}
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, text in (
+        (CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n"),
+        (MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n"),
+        ("README.md", model_card(variant, name)),
+    ):
+        safe.write_bytes(folder / file, text.encode())
+    safe.write(folder / WEIGHTS, keys, {"format": "pt"})
+
+
+def _extra_keys(variant: Variant) -> dict[str, Tensor]:
+    return {f"{PREFIX}{k}": t for k, t in variant.extra.items()}
+
+
+def _plures_keys(variant: Variant) -> dict[str, Tensor]:
+    """PEFT's names: own tensors at their site, each pool at the first site of its group."""
+    out = {f"{PREFIX}{s}.plures_own.{k}": t for s, leaves in variant.own.items() for k, t in leaves.items()}
+    for group, leaves in variant.pool.items():
+        out |= {f"{PREFIX}{_owner(variant, group)}.plures_pool.{k}": t for k, t in leaves.items()}
+    return out | _extra_keys(variant)
+
+
+def _owner(variant: Variant, group: str) -> str:
+    return next(s.name for s in variant.sites if variant.group_of[s.name] == group and s.at == 0)
+
+
+def _lora_keys(variant: Variant) -> dict[str, Tensor]:
+    out = {f"{PREFIX}{s}.lora_{k}.weight": t for s, leaves in variant.own.items() for k, t in leaves.items()}
+    return out | _extra_keys(variant)
+
+
+def _targets(variant: Variant) -> list[str]:
+    """Short names where the variant adapts every site that bears them (servers expect these), else full names."""
+    chosen = variant.provenance.get("targets", "all-linear")
+    whole = not variant.provenance.get("layers") and (chosen == "all-linear" or not isinstance(chosen, str))
+    return sorted({s.name.rpartition(".")[2] if whole else s.name for s in variant.sites})
+
+
+def _common_config(variant: Variant) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": variant.base.name,
+        "revision": variant.base.revision or None,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "target_modules": _targets(variant),
+        "bias": "none",
+        "modules_to_save": sorted({k.rpartition(".")[0] for k in variant.extra}) or None,
+    }
+
+
+def _plures_config(variant: Variant) -> dict[str, Any]:
+    own = {"peft_type": "PLURES", "method": variant.method, "options": dict(variant.options), "format_version": FORMAT_VERSION}
+    return _common_config(variant) | own
+
+
+def _lora_config(variant: Variant) -> dict[str, Any]:
+    method = adapts.make("lora", **variant.options)
+    ranks = {s: int(leaves["A"].shape[0]) for s, leaves in variant.own.items()}
+    odd = {s: r for s, r in ranks.items() if r != method.r}
+    return _common_config(variant) | {
+        "peft_type": "LORA", "r": method.r, "lora_alpha": method.alpha, "lora_dropout": 0.0, "fan_in_fan_out": False,
+        "use_rslora": method.rslora, "init_lora_weights": True, "rank_pattern": odd,
+        "alpha_pattern": {s: method.scale * r for s, r in odd.items()},
+    }  # fmt: skip
+
+
+def model_card(variant: Variant, name: str = "") -> str:
+    """The README.md of an adapter folder: what it is, how to load it, where it came from."""
+    plain = variant.method == "lora"
+    options = ", ".join(f"{k}={v}" for k, v in variant.options.items()) or "defaults"
+    load = (
+        "from peft import AutoPeftModelForCausalLM\n" if plain else "import plures  # registers PEFT's type PLURES\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+    ) + "model = AutoPeftModelForCausalLM.from_pretrained('this/folder')"  # fmt: skip
+    note = "" if plain else (
+        "\nPlain PEFT cannot load this folder without `import plures`. `plures export --as lora` writes one that needs "
+        "nothing of ours.\n"
+    )  # fmt: skip
+    facts = "\n".join(f"- {k}: {json.dumps(v, default=str)}" for k, v in sorted(variant.provenance.items()) if k != "recipe")
+    return (
+        f"---\nbase_model: {variant.base.name}\nlibrary_name: peft\ntags:\n- plures\n- {variant.method}\n---\n\n"
+        f"# {name or 'A variant'}\n\nMethod `{variant.method}` ({options}) on `{variant.base.name}`.\n\n"
+        f"```python\n{load}\n```\n{note}\n## Where it came from\n\n{facts or '- not recorded'}\n"
+    )
+
+
+# ---------------------------------------------------------------- folder -> variant
+
+
+def read_folder(folder: Path, base: BaseRef, shapes: Shapes) -> Variant:
+    """The variant in an adapter folder: ours, one saved by PEFT, or a plain PEFT LoRA.
+
+    `shapes` are the base's linear maps, against which every tensor is checked; a missing or an extra tensor is an
+    error. Raises: BadInput for a damaged folder, a pickle, an adapter of another base or of an unknown kind.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"{str(folder)!r} is no folder")
+    if not (folder / WEIGHTS).is_file():
+        for pickle in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
+            safe.refuse_pickle(pickle)
+        raise BadInput(f"{str(folder)!r} is no adapter folder: it has no {WEIGHTS}")
+    config = _json(folder / CONFIG)
+    tensors = safe.read(folder / WEIGHTS)
+    kind = config.get("peft_type")
+    if kind not in ("PLURES", "LORA"):
+        raise BadInput(f"{str(folder)!r} holds an adapter of type {kind!r}; Plures reads LORA and PLURES. "
+                       "Other PEFT types that add to the weight can be converted with PEFT's convert_to_lora.")  # fmt: skip
+    ours = folder / MANIFEST
+    said = _json(ours) if ours.is_file() else None
+    if said is not None:
+        _check_hashes(folder, tensors, said.get("tensors", {}))
+        told = said.get("base", {})
+        if base.hash and told.get("hash") and told["hash"] != base.hash:
+            raise BadInput(f"{str(folder)!r} is an adapter of another base: made for {told.get('name')!r} "
+                           f"({told['hash'][:12]}), this fleet's is {base.name!r} ({base.hash[:12]})")  # fmt: skip
+    variant = _from_lora(folder, config, tensors) if kind == "LORA" else _from_plures(folder, config, tensors, shapes)
+    if said is not None:  # the manifest knows sites, groups and provenance better than PEFT's config does
+        variant = from_flat(said | {"tensors": None}, variant.flat(), str(folder))
+    _check_shapes(folder, variant, shapes)
+    return replace(variant, base=base)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with disk(path, "read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{str(path)!r} must hold a JSON object")
+    return found
+
+
+def _check_hashes(folder: Path, tensors: Mapping[str, Tensor], want: Mapping[str, str]) -> None:
+    missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
+    if missing or extra:
+        word, which = ("lacks", missing) if missing else ("has unknown", extra)
+        raise BadInput(f"{str(folder / WEIGHTS)!r} {word} tensor {which[0]!r} ({len(which)} in all)")
+    for name, t in tensors.items():
+        if safe.tensor_hash(t) != want[name]:
+            raise BadInput(f"{str(folder / WEIGHTS)!r}: tensor {name!r} is not the one {MANIFEST} names (damaged or edited)")
+
+
+def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes) -> Variant:
+    """A folder saved by PEFT itself, without plures.json: sites from the keys, places by the method's groups."""
+    options, name = dict(config.get("options", {})), str(config.get("method"))
+    method = adapts.make(name, **options)
+    own: dict[str, dict[str, Tensor]] = {}
+    held: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        found = re.fullmatch(r"(.+)\.plures_(own|pool)\.(\w+)", key.removeprefix(PREFIX))
+        if found:
+            (own if found[2] == "own" else held).setdefault(found[1], {})[found[3]] = t
+        else:
+            extra[key.removeprefix(PREFIX)] = t
+    unknown = sorted(set(own) - set(shapes))
+    if unknown:
+        raise BadInput(f"{str(folder)!r} is an adapter of another base: this one has no site {unknown[0]!r}")
+    bare = [Site(s, *shapes[s]) for s in own]
+    group_of = {s.name: method.group(s) for s in bare}
+    sites = tuple(s for members in grouped(bare, group_of).values() for s in members)
+    pool = {group_of[s]: leaves for s, leaves in held.items()}
+    return Variant(name, options, BaseRef(str(config.get("base_model_name_or_path"))), sites, group_of, own, pool, extra)
+
+
+_NOT_LORA = {"use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens": "aLoRA", "target_parameters": "targets of single parameters",
+             "trainable_token_indices": "trained token embeddings", "layer_replication": "layer replication", "lora_bias": "a LoRA bias"}  # fmt: skip
+
+
+def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Variant:
+    """A plain PEFT LoRA; rank and alpha patterns are folded into B, so that one scale serves all sites."""
+    for key, word in _NOT_LORA.items():
+        if config.get(key):
+            raise BadInput(f"{str(folder)!r} uses {word} ({key}), which is no plain LoRA; merge it into the base with PEFT")
+    if config.get("bias", "none") != "none":
+        raise BadInput(f"{str(folder)!r} trains biases (bias={config['bias']!r}), which a plain LoRA does not hold; "
+                       "merge it into the base with PEFT")  # fmt: skip
+    own: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        bare = key.removeprefix(PREFIX)
+        found = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", bare)
+        if found:
+            own.setdefault(found[1], {})[found[2]] = t
+        elif "lora_" in bare:
+            raise BadInput(f"{str(folder)!r}: tensor {key!r} is no plain LoRA factor of a linear map")
+        else:
+            extra[bare] = t
+    halves = [s for s, leaves in own.items() if set(leaves) != {"A", "B"}]
+    if halves or not own:
+        raise BadInput(f"{str(folder)!r} " + (f"lacks a factor of {halves[0]!r}" if halves else "has no LoRA tensors"))
+    r, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
+    method = adapts.make("lora", r=r, alpha=alpha, rslora=bool(config.get("use_rslora", False)))
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for site, leaves in own.items():
+        rank = int(_by_pattern(ranks, site, r))
+        if leaves["A"].shape[0] != rank or leaves["B"].shape[1] != rank:
+            raise BadInput(f"{str(folder)!r}: the factors of {site!r} have rank {leaves['A'].shape[0]}, its config says {rank}")
+        scale = float(_by_pattern(alphas, site, alpha)) / (rank**0.5 if method.rslora else rank)
+        if scale != method.scale:
+            leaves["B"] = leaves["B"] * (scale / method.scale)
+    sites = tuple(Site(s, int(v["B"].shape[0]), int(v["A"].shape[1])) for s, v in own.items())
+    options = {"r": r, "alpha": alpha, "rslora": method.rslora}
+    return Variant("lora", options, BaseRef(str(config.get("base_model_name_or_path"))), sites,
+                   {s.name: "" for s in sites}, own, {}, extra)  # fmt: skip
+
+
+def _by_pattern(patterns: Mapping[str, Any], site: str, otherwise: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name."""
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", site)), otherwise)
+
+
+def _check_shapes(folder: Path, variant: Variant, shapes: Shapes) -> None:
+    """Every site is the base's, and every tensor has the shape and kind that the method lays there."""
+    for site in variant.sites:
+        if shapes.get(site.name) != (site.out, site.into):
+            here = list(shapes[site.name]) if site.name in shapes else "absent"
+            raise BadInput(f"{str(folder)!r} is an adapter of another base: {site.name!r} is [{site.out}, {site.into}] in it "
+                           f"and {here} in this base")  # fmt: skip
+    check_tensors(variant, str(folder))
+
+
+def check_tensors(variant: Variant, where: str) -> None:
+    """Raise BadInput unless every tensor that the method defines is there, in its shape, and no other."""
+    method = adapts.make(variant.method, **variant.options)
+    with torch.device("meta"):
+        laid = lay(method, variant.sites, 0)
+    for room, have, want in (("own", variant.own, laid.own), ("pool", variant.pool, laid.pool)):
+        for owner in sorted({*have, *want}):
+            mine, theirs = have.get(owner, {}), want.get(owner, {})
+            for leaf in sorted({*mine, *theirs}):
+                if leaf not in mine or leaf not in theirs:
+                    raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} is {'missing' if leaf not in mine else 'unknown'}")
+                free = variant.method == "lora"  # an imported LoRA may vary its rank by site
+                if mine[leaf].ndim != theirs[leaf].ndim or (not free and mine[leaf].shape != theirs[leaf].shape):
+                    raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} is {list(mine[leaf].shape)}, "
+                                   f"the method lays {list(theirs[leaf].shape)}")  # fmt: skip
+                points = mine[leaf] if not mine[leaf].is_floating_point() else torch.zeros(1, dtype=torch.long)
+                if int(points.min()) < 0 or int(points.max()) >= _rows(laid, variant, owner):
+                    raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} points past its pool")
+
+
+def _rows(laid: Laid, variant: Variant, site: str) -> int:
+    pool: Sequence[Tensor] = list(laid.pool.get(variant.group_of.get(site, ""), {}).values())
+    return min((t.shape[0] for t in pool), default=1 << 62)

@@ -1,0 +1,38 @@
+"""`plures explain`: a method, with its options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from plures.cli.output import JsonOption, say_json
+
+
+def command(
+    name: Annotated[str, typer.Argument(help="A method, e.g. mos.")],
+    json: JsonOption = False,
+) -> None:
+    """Explain a method: the idea, its options and defaults, its paper, where it departs from it."""
+    import inspect
+
+    from plures.core.errors import WrongUse, nearest
+    from plures.core.folder import options_of
+    from plures.flows.capabilities import folders
+
+    for kind, folder in folders().items():
+        if name in folder:
+            cls = folder[name]
+            break
+    else:
+        known = [n for f in folders().values() for n in f]
+        raise WrongUse(f"nothing is called {name!r}.{nearest(name, known)} There are: {', '.join(sorted(known))}")
+    options = {k: {"type": t, "default": d, "help": h} for k, (t, d, h) in options_of(cls).items()}
+    card = cls.card  # type: ignore[attr-defined]
+    if json:
+        say_json(vars(card) | {"kind": kind, "options": options, "doc": inspect.cleandoc(cls.__doc__ or "")})
+        return
+    typer.echo(f"{card.name} ({kind}, {card.status}): {card.title}, {card.paper}\nuse: {card.when}\n")
+    typer.echo(inspect.cleandoc(cls.__doc__ or ""))
+    if options:
+        typer.echo("\nDefaults: " + ", ".join(f"{k}={v['default']}" for k, v in options.items()))

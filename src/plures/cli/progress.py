@@ -1,0 +1,38 @@
+"""A run's events on the console: one moving line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from plures.core.units import duration
+
+
+class Console:
+    """Prints what a training run does; `every` is how often a plain line is printed, in steps."""
+
+    def __init__(self, label: str = "", every: int = 20) -> None:
+        self.label, self.every, self.live = label, every, sys.stderr.isatty()
+
+    def __call__(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "start":
+            self._line(f"{fields['name']}: {fields['method']}, {fields['trained']:,} trained numbers, {fields['rows']} rows, "
+                       f"{fields['steps']} steps")  # fmt: skip
+        elif kind == "resume":
+            self._line(f"resumed at step {fields['step']}")
+        elif kind == "step":
+            text = (f"step {fields['step']}/{fields['steps']}  loss {fields['loss']:.4f} nats  lr {fields['lr']:.2e}  "
+                    f"{fields['tokens_s']:,.0f} tokens/s  {duration(fields['left_s'])} left")  # fmt: skip
+            if self.live:
+                print(f"\r\x1b[K{self.label}{text}", end="", file=sys.stderr, flush=True)
+            elif fields["step"] % self.every == 0 or fields["step"] == fields["steps"]:
+                self._line(text)
+        elif kind == "eval":
+            self._line(f"held-out: {fields['nats_per_token']:.4f} nats/token, {fields['bits_per_byte']:.4f} bits/byte, "
+                       f"perplexity {fields['perplexity']:.2f}")  # fmt: skip
+        elif kind == "done":
+            self._line(f"published {fields['version']} ({fields['identity'][:12]}, {fields['n_bytes']:,} bytes)")
+
+    def _line(self, text: str) -> None:
+        lead = "\r\x1b[K" if self.live else ""
+        print(f"{lead}{self.label}{text}", file=sys.stderr, flush=True)

@@ -1,0 +1,48 @@
+"""`plures train`: a recipe in, a published variant out."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from plures.cli.output import JsonOption, say_json
+
+
+def command(
+    recipe: Annotated[list[str], typer.Argument(help="recipe.yaml and overrides key=value, in any order; or only overrides.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print recipe, sites and costs; load no weights.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a variant and publish it. See `plures recipe train` for all keys."""
+    from pathlib import Path
+
+    from plures.core.errors import WrongUse
+    from plures.core.recipe import dump, load, to_dict
+    from plures.flows.recipes import TrainRecipe
+
+    files = [r for r in recipe if "=" not in r]
+    if len(files) > 1:
+        raise WrongUse(f"one recipe at a time, got {', '.join(map(repr, files))}; overrides are written key=value")
+    source = Path(files[0]) if files else {}
+    loaded = load(TrainRecipe, source, [r for r in recipe if "=" in r], where=files[0] if files else "train")
+    from plures.flows import train as flow
+
+    if plan:
+        planned = flow.plan(loaded)
+        if json:
+            say_json({"recipe": to_dict(loaded), "trained": planned.trained, "bytes": planned.n_bytes,
+                      "sites": [[s.name, s.out, s.into] for s in planned.sites]})  # fmt: skip
+        else:
+            typer.echo(dump(loaded) + "\n" + "\n".join(planned.lines()))
+        return
+    from plures.cli.progress import Console
+
+    done = flow.train(loaded, sinks=(Console(),), resume=resume)
+    if json:
+        score = done.outcome.score
+        say_json({"version": done.version.ref, "identity": done.version.identity, "run": str(done.run), "steps": done.outcome.steps,
+                  "bits_per_byte": score.bits_per_byte if score else None})  # fmt: skip
+    else:
+        typer.echo(done.version.ref)

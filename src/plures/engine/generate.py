@@ -1,0 +1,119 @@
+"""Text from a base and its variants: rows of one batch may each ask another variant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from plures.bridges.adapter_folder import attach
+from plures.core.errors import WrongUse
+from plures.core.seeds import stream
+from plures.engine.model import Base
+from plures.tensors.variant import Variant
+
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedy at temperature 0, else from the top_p nucleus at that temperature."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise WrongUse(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.temperature < 0:
+            raise WrongUse(f"temperature must be at least 0, got {self.temperature}; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise WrongUse(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one row was answered: the text, its token ids, and why it ended ("stop" or "length")."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+
+
+class Session:
+    """A base in memory with the variants that were asked for, each under a slot of ours by its identity."""
+
+    def __init__(self, base: Base) -> None:
+        self.base, self.model, self.slots = base, base.model, dict[str, str]()
+
+    def slot(self, variant: Variant | None, identity: str = "") -> str:
+        """The slot that holds `variant`, loaded on first use; None is the base."""
+        if variant is None:
+            return "__base__"
+        identity = identity or variant.identity()
+        if identity not in self.slots:
+            slot = f"v{len(self.slots):06d}"
+            self.model = attach(self.model, variant, slot)
+            self.model.eval()
+            self.slots[identity] = slot
+        return self.slots[identity]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, or of messages through the tokenizer's chat template."""
+        tokenizer: Any = self.base.tokenizer
+        if isinstance(prompt, str):
+            return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+        if not tokenizer.chat_template:
+            raise WrongUse(f"base {self.base.ref.name!r} has no chat template; give the prompt as plain text")
+        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], slots: Sequence[str], how: Sampling) -> list[Completion]:
+        """One completion a prompt, each by the variant in its slot, all in one batch.
+
+        Raises: WrongUse for an empty prompt, or one that leaves no room in the context.
+        """
+        rows = [self.encode(p) for p in prompts]
+        room = getattr(self.base.model.config, "max_position_embeddings", 1 << 30)
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if not ids:
+                raise WrongUse(f"prompt {prompt!r} is empty: it has no tokens")
+            if len(ids) + how.max_tokens > room:
+                raise WrongUse(f"a prompt of {len(ids)} tokens and {how.max_tokens} new ones do not fit the context of {room}")
+        tokenizer: Any = self.base.tokenizer
+        end = tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or 0)
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=self.base.model.device)
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.base.model.device)
+        extra: dict[str, Any] = {"adapter_names": list(slots)} if isinstance(self.model, PeftModel) else {}
+        if how.temperature:
+            extra |= {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+        else:
+            extra |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        with _drawing(how.seed):
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=how.max_tokens, pad_token_id=pad, **extra
+            )
+        return [self._completion(row[width:].tolist(), end) for row in out]
+
+    def _completion(self, ids: list[int], end: int | None) -> Completion:
+        finish = "length"
+        if end is not None and end in ids:
+            ids, finish = ids[: ids.index(end)], "stop"
+        tokenizer: Any = self.base.tokenizer
+        return Completion(tokenizer.decode(ids, skip_special_tokens=True), tuple(ids), finish)
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Sampling draws from this stream; the caller's generator is untouched."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(stream(seed, "generate"))
+        yield

@@ -1,0 +1,253 @@
+"""The training loop: AdamW on the adapter's numbers, with checkpoints that survive a kill at any moment.
+
+A step is a pure function of (tensors, optimizer state, step number): batches are addressed by step, dropout draws
+from a stream of the step, and a checkpoint is one atomically written file. So a run that was killed and resumed ends
+in the same bits as one that was not, on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from plures.core.errors import BadInput, WrongUse
+from plures.core.events import Events
+from plures.core.seeds import stream
+from plures.core.units import bits_per_byte
+from plures.tensors import safe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know; `steps` are optimizer steps of `accumulate` batches each."""
+
+    steps: int
+    lr: float
+    accumulate: int = 1
+    warmup_steps: int = 0
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    autocast: bool = False
+    eval_every: int = 0
+    save_every: int = 50
+    patience: int = 0
+    seed: int = 0
+
+
+class BatchSource(Protocol):
+    """Batches by number: `at(k)` gives `input_ids`, `labels` and `attention_mask`, int64 `[rows, tokens]`."""
+
+    def at(self, step: int) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out loss: nats per counted token, bits per UTF-8 byte, perplexity, and what was counted."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    n_bytes: int
+
+    @classmethod
+    def of(cls, nats: float, tokens: int, n_bytes: int) -> Score:
+        if not tokens:
+            raise BadInput("held-out data has no counted token to score")
+        mean = nats / tokens
+        return cls(mean, bits_per_byte(nats, n_bytes), math.exp(min(mean, 700)), tokens, n_bytes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: steps done, the last and the best held-out score, and whether it stopped early."""
+
+    steps: int
+    score: Score | None
+    best_step: int
+    stopped_early: bool
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Cross-entropy of next-token prediction, summed in nats over counted tokens, and their number.
+
+    Shapes: logits `[rows, tokens, vocabulary]`, labels `[rows, tokens]` with -100 where a token does not count; the
+    logits at t are scored on the label at t + 1.
+    """
+    target = labels[:, 1:].flatten()
+    nats = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, ignore_index=-100, reduction="sum")
+    return nats, int((target != -100).sum())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Callable[[], Iterator[dict[str, Tensor]]], n_bytes: int,
+             autocast: bool = False) -> Score:  # fmt: skip
+    """The held-out score of `model` over all `batches`."""
+    was = model.training
+    model.eval()
+    nats, tokens = 0.0, 0
+    try:
+        for batch in batches():
+            with _cast(model, autocast):
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss, n = summed_loss(logits, batch["labels"])
+            nats, tokens = nats + loss.item(), tokens + n
+    finally:
+        model.train(was)
+    return Score.of(nats, tokens, n_bytes)
+
+
+def learning_rate(s: Settings, step: int) -> float:
+    """Linear warm-up to `lr`, then the decay's share of it; `step` counts from 0."""
+    if step < s.warmup_steps:
+        return s.lr * (step + 1) / s.warmup_steps
+    if s.decay == "constant":
+        return s.lr
+    share = (step - s.warmup_steps) / max(1, s.steps - s.warmup_steps)
+    return s.lr * ((1 - share) if s.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+
+
+class Trainer:
+    """Trains the parameters of `model` that require a gradient, and remembers how far it got in `folder`."""
+
+    def __init__(self, model: nn.Module, settings: Settings, folder: Path, events: Events) -> None:
+        self.model, self.settings, self.folder, self.events = model, settings, folder, events
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise WrongUse("nothing to train: no parameter requires a gradient")
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+        )
+        self.step, self.best, self.best_step, self.bad_evals = 0, math.inf, -1, 0
+
+    @property
+    def checkpoint(self) -> Path:
+        """The one file that a resume needs."""
+        return self.folder / "checkpoint.safetensors"
+
+    def save(self) -> None:
+        """Write tensors, optimizer state and progress as one file, atomically."""
+        tensors: dict[str, Tensor] = {}
+        for name, p in self.trained.items():
+            tensors[f"p/{name}"] = p.data
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"o/{key}/{name}"] = value
+        progress = {"step": self.step, "best": self.best, "best_step": self.best_step, "bad_evals": self.bad_evals}
+        safe.write(self.checkpoint, tensors, {"progress": json.dumps(progress)})
+        self.events.emit("checkpoint", step=self.step)
+
+    def resume(self) -> bool:
+        """Take up the checkpoint, if there is one. Raises: BadInput where it is of another set of parameters."""
+        if not self.checkpoint.exists():
+            return False
+        tensors, meta = safe.read(self.checkpoint), safe.metadata(self.checkpoint)
+        if {k[2:] for k in tensors if k.startswith("p/")} != set(self.trained):
+            raise BadInput(f"{str(self.checkpoint)!r} is the checkpoint of another method or base; remove the run to begin anew")
+        for name, p in self.trained.items():
+            p.data.copy_(tensors[f"p/{name}"])
+            state = {k.split("/", 2)[1]: t for k, t in tensors.items() if k.startswith("o/") and k.split("/", 2)[2] == name}
+            if state:
+                self.optimizer.state[p] = {k: t.clone() for k, t in state.items()}
+        progress = json.loads(meta["progress"])
+        self.step, self.best = progress["step"], progress["best"]
+        self.best_step, self.bad_evals = progress["best_step"], progress["bad_evals"]
+        self.events.emit("resume", step=self.step)
+        return True
+
+    def _one_step(self, batches: BatchSource) -> tuple[float, float, int]:
+        """One optimizer step; returns the loss in nats per counted token, the gradient norm, and the tokens."""
+        s = self.settings
+        rows = [batches.at(self.step * s.accumulate + i) for i in range(s.accumulate)]
+        counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in rows)
+        if not counted:
+            raise BadInput(f"the batch of step {self.step} has no counted token")
+        nats = 0.0
+        with _seeded(stream(s.seed, "dropout", self.step)):
+            for batch in rows:
+                with _cast(self.model, s.autocast):
+                    logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                loss, _ = summed_loss(logits, batch["labels"])
+                (loss / counted).backward()
+                nats += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip or math.inf).item()
+        if not math.isfinite(nats) or not math.isfinite(norm):
+            raise BadInput(f"the loss is not finite at step {self.step} ({nats / counted}): lower the learning rate {s.lr:g}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(s, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return nats / counted, norm, sum(int(b["attention_mask"].sum()) for b in rows)
+
+    def fit(self, batches: BatchSource, score: Callable[[], Score] | None = None) -> Outcome:
+        """Train to the last step, or until `patience` evaluations in a row brought nothing better.
+
+        With patience the best tensors are put back at the end. An interruption saves a checkpoint and goes on up.
+        """
+        s, last, early = self.settings, None, bool(self.settings.patience and self.bad_evals >= self.settings.patience)
+        self.model.train()
+        start, first, tokens_seen = time.monotonic(), self.step, 0
+        try:
+            while self.step < s.steps and not early:
+                loss, norm, tokens = self._one_step(batches)
+                self.step += 1
+                tokens_seen += tokens
+                spent = time.monotonic() - start
+                self.events.emit("step", step=self.step, steps=s.steps, loss=loss, lr=learning_rate(s, self.step - 1),
+                                 grad_norm=norm, tokens_s=tokens_seen / max(spent, 1e-9),
+                                 left_s=spent / (self.step - first) * (s.steps - self.step))  # fmt: skip
+                if score and s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps):
+                    last = self._judge(score())
+                    early = bool(s.patience and self.bad_evals >= s.patience)
+                if s.save_every and self.step % s.save_every == 0:
+                    self.save()
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        self.save()
+        if s.patience and self.best_step not in (-1, self.step):
+            self._load_best()
+        self.model.eval()
+        final = score() if score and (last is None or s.patience) else last
+        return Outcome(self.step, final, self.best_step, early)
+
+    def _judge(self, score: Score) -> Score:
+        """Record an evaluation; keep the tensors where it is the best so far."""
+        self.events.emit("eval", step=self.step, nats_per_token=score.nats_per_token, bits_per_byte=score.bits_per_byte,
+                         perplexity=score.perplexity)  # fmt: skip
+        if score.nats_per_token < self.best:
+            self.best, self.best_step, self.bad_evals = score.nats_per_token, self.step, 0
+            if self.settings.patience:
+                safe.write(self.folder / "best.safetensors", {n: p.data for n, p in self.trained.items()})
+        else:
+            self.bad_evals += 1
+        return score
+
+    def _load_best(self) -> None:
+        best: Mapping[str, Tensor] = safe.read(self.folder / "best.safetensors")
+        for name, p in self.trained.items():
+            p.data.copy_(best[name])
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Dropout draws from this stream; the caller's generator is untouched."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _cast(model: nn.Module, on: bool) -> Any:
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16) if on else nullcontext()

@@ -1,0 +1,200 @@
+"""The Python face of a fleet: `fleet = plures.Fleet("acme.fleet"); v = fleet.train("support", data="tickets.jsonl")`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from plures.adapt import adapts
+from plures.bridges.adapter_folder import as_lora, attach, merge_into, read_folder, write_folder
+from plures.core.errors import BadInput, RecipeErrors, WrongUse, disk, nearest
+from plures.core.events import Sink
+from plures.core.folder import options_of
+from plures.core.recipe import load
+from plures.engine.data import Rows, encode, held_out, read_rows
+from plures.engine.generate import Completion, Prompt, Sampling, Session
+from plures.engine.loop import Score, evaluate
+from plures.engine.model import empty_base, linear_names, load_base, reference
+from plures.flows.recipes import DataPart, LoopPart, TrainRecipe
+from plures.flows.train import device, pad_id, train
+from plures.store import Store, Version
+from plures.tensors.variant import Variant
+
+Data = str | Path | Iterable[Mapping[str, Any]]
+Form = Literal["peft", "lora", "merged"]
+
+
+class Fleet:
+    """A base and all its variants, in one folder.
+
+    `Fleet(path)` opens one; `Fleet(path, base="org/model")` begins one where there is none. The base is loaded when
+    text is first asked for, once, and shared by all variants of this object.
+
+    Raises: BadInput where `path` is no fleet and no base is named, or where it is the fleet of another base.
+    """
+
+    def __init__(self, path: str | Path, base: str | None = None, revision: str = "") -> None:
+        self.path = Path(path)
+        if base is not None and not (self.path / "fleet.db").exists():
+            Store.create(self.path, reference(base, revision)).close()
+        self.store = Store.open(self.path)
+        if base is not None and reference(base, revision).hash != self.store.base.hash:
+            raise BadInput(f"{str(path)!r} is a fleet of {self.store.base.name!r}, not of {base!r}")
+        self._session: Session | None = None
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self.store.close()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def session(self) -> Session:
+        """The base in memory, ready to answer."""
+        if self._session is None:
+            self._session = Session(load_base(self.store.base, device=device("auto")))
+        return self._session
+
+    def train(self, name: str, data: Data, *, method: str = "mos", held_out: Data | None = None, resume: bool = False,
+              sinks: tuple[Sink, ...] = (), **settings: Any) -> FleetVariant:  # fmt: skip
+        """Train a variant and publish it as the next version of `name`.
+
+        `data` and `held_out` are files, folders, `datasets` ids, or rows in memory. `settings` are the method's
+        options (`r=16`), the loop's (`steps=300, lr=1e-2`), the data's (`max_tokens=256`) and the recipe's
+        (`targets=["q_proj"]`), by their plain names.
+
+        Raises: RecipeErrors for an unknown setting or a wrong value, all at once.
+        """
+        recipe = _recipe(str(self.path), name, method, data, held_out, settings)
+        rows = None if isinstance(data, (str, Path)) else read_rows(data)
+        held = None if held_out is None or isinstance(held_out, (str, Path)) else read_rows(held_out)
+        done = train(recipe, sinks=sinks, resume=resume, rows=rows, held=held)
+        return FleetVariant(self, done.version)
+
+    def versions(self, name: str | None = None, all: bool = False) -> list[Version]:  # noqa: A002
+        """The latest version of every name, or of `name`; with `all`, every version."""
+        return self.store.versions(name, all=all)
+
+    def __getitem__(self, ref: str) -> FleetVariant:
+        """`fleet["support"]` (latest), `fleet["support@2"]`, `fleet["support@prod"]`."""
+        return FleetVariant(self, self.store.resolve(ref))
+
+    def __iter__(self) -> Iterator[FleetVariant]:
+        return (FleetVariant(self, v) for v in self.versions())
+
+    def generate(self, requests: Sequence[tuple[str | None, Prompt]], **how: Any) -> list[Completion]:
+        """Answer `(variant, prompt)` pairs in one batch, each row by its own variant; None is the base."""
+        session = self.session()
+        slots = [session.slot(None) if ref is None else self[ref].slot() for ref, _ in requests]
+        return session.generate([p for _, p in requests], slots, Sampling(**how))
+
+    def bring_in(self, folder: str | Path, name: str, *, aliases: Sequence[str] = ()) -> FleetVariant:
+        """Import an adapter folder (a PEFT LoRA, or one of ours) as the next version of `name`."""
+        shapes = linear_names(empty_base(self.store.base))
+        variant = read_folder(Path(folder), self.store.base, shapes)
+        variant = variant.with_provenance(imported_from=str(folder), **_counted(variant))
+        return FleetVariant(self, self.store.publish(variant, name, aliases=aliases))
+
+    def score(self, ref: str | None, data: Data, *, columns: Mapping[str, str] | None = None, max_tokens: int = 512,
+              batch_rows: int = 8) -> Score:  # fmt: skip
+        """The held-out loss of a variant (None: the base) on rows; a variant's is recorded in the store."""
+        rows = read_rows(data, columns=columns)
+        base = load_base(self.store.base, device=device("auto"))
+        examples = encode(rows, base.tokenizer, max_tokens=max_tokens)
+        model = base.model if ref is None else attach(base.model, self[ref].load(), "v000000")
+        n_bytes = sum(e.n_bytes for e in examples)
+        got = evaluate(model, lambda: held_out(examples, batch_rows, max_tokens, pad_id(base)), n_bytes)
+        if ref is not None:
+            for metric in ("nats_per_token", "bits_per_byte", "perplexity"):
+                self.store.score(ref, _label(data, rows), metric, getattr(got, metric))
+        return got
+
+
+class FleetVariant:
+    """One version in a fleet: train made it, the store keeps it, and it answers."""
+
+    def __init__(self, fleet: Fleet, version: Version) -> None:
+        self.fleet, self.version = fleet, version
+
+    def __repr__(self) -> str:
+        return f"<{self.version.ref} {self.version.method} {self.version.identity[:12]}>"
+
+    def load(self) -> Variant:
+        """The variant's tensors, each checked against its hash."""
+        return self.fleet.store.load(self.version.ref)
+
+    def slot(self) -> str:
+        """Where the variant stands in the fleet's session, loaded on first use."""
+        session = self.fleet.session()
+        known = session.slots.get(self.version.identity)
+        return known or session.slot(self.load(), self.version.identity)
+
+    def generate(self, prompt: Prompt, **how: Any) -> str:
+        """Text that follows `prompt`; `how` is `max_tokens`, `temperature`, `top_p`, `seed` (greedy by default)."""
+        return self.fleet.session().generate([prompt], [self.slot()], Sampling(**how))[0].text
+
+    def score(self, data: Data, **how: Any) -> Score:
+        """Held-out loss on rows, recorded in the store."""
+        return self.fleet.score(self.version.ref, data, **how)
+
+    def export(self, out: str | Path, as_: Form = "peft") -> Path:
+        """Write the variant as a PEFT folder, as plain LoRA ("lora"), or merged into a whole model ("merged").
+
+        Raises: WrongUse for another form, an `out` that is not empty, or "lora" of a method that is not low-rank.
+        """
+        if as_ not in ("peft", "lora", "merged"):
+            raise WrongUse(f"export form {as_!r} is not one of peft, lora, merged.{nearest(as_, ('peft', 'lora', 'merged'))}")
+        folder = Path(out)
+        if as_ != "merged":
+            variant = self.load()
+            write_folder(as_lora(variant) if as_ == "lora" else variant, folder, name=self.version.ref)
+            return folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise WrongUse(f"{str(folder)!r} exists and is not empty; name a new folder")
+        base = load_base(self.fleet.store.base)
+        with disk(folder):
+            merge_into(base.model, self.load()).save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+        return folder
+
+
+def _counted(variant: Variant) -> dict[str, int]:
+    """The number that trained, for a variant that came without one."""
+    frozen = adapts[variant.method].frozen  # type: ignore[attr-defined]
+    leaves = [(k.rpartition("/")[2], t) for k, t in variant.flat().items()]
+    return {"trained": sum(t.numel() for k, t in leaves if t.is_floating_point() and k not in frozen)}
+
+
+def _label(data: Data, rows: Rows) -> str:
+    return str(data) if isinstance(data, (str, Path)) else f"rows:{rows.fingerprint[:12]}"
+
+
+def _recipe(fleet: str, name: str, method: str, data: Data, held: Data | None, settings: dict[str, Any]) -> TrainRecipe:
+    """Sort plain settings into the recipe's sections. A name that a method and the loop share goes to the method."""
+    options, loop = options_of(adapts[method]), {f.name for f in fields(LoopPart)}
+    part, top = {f.name for f in fields(DataPart)}, {f.name for f in fields(TrainRecipe)}
+    known = [*options, *sorted(loop | part | (top - {"fleet", "name", "data", "adapt", "train"}))]
+    wrong = [f"{k} is no setting of {method!r}, the loop, the data or the recipe.{nearest(k, known)}"
+             for k in settings if k not in known]  # fmt: skip
+    if wrong:
+        raise RecipeErrors(wrong, "train")
+
+    def of(names: Iterable[str]) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if k in set(names)}
+
+    held_name = str(held) if isinstance(held, (str, Path)) else None
+    said = {
+        "fleet": fleet,
+        "name": name,
+        "adapt": {"method": method, **of(options)},
+        "train": of(loop - set(options)),
+        "data": {"train": str(data) if isinstance(data, (str, Path)) else "rows in memory", "held_out": held_name}
+        | of(part - set(options)),
+        **of(top - set(options) - loop - part),
+    }
+    return load(TrainRecipe, said, where="train")

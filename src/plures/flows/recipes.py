@@ -1,0 +1,78 @@
+"""The recipes, as plain dataclasses: what a user may say of a run. Imports nothing heavy, so templates are quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from plures.core.recipe import opt
+
+Scalar = bool | int | float | str
+
+
+@dataclass
+class DataPart:
+    """Which rows to train on and to score on."""
+
+    train: str = opt(help="rows: a .jsonl, .parquet or .txt file, a folder of them, or a `datasets` id like org/name:split")
+    held_out: str | None = opt(None, "rows to score on; none: a share of the training rows")
+    held_out_share: float = opt(0.05, "share of the rows held out where no held_out is given", ge=0.0, lt=1.0)
+    columns: dict[str, str] = opt(default_factory=dict, help="your names of the columns, e.g. {text: body}")
+    limit: int | None = opt(None, "read at most this many rows", ge=1)
+    max_tokens: int = opt(512, "tokens of one window; longer texts are cut into several, answers are truncated", ge=2)
+    packing: bool = opt(True, "fill windows with several rows, closed by the end token; false pads each row")
+
+
+@dataclass
+class LoopPart:
+    """How to train."""
+
+    steps: int | None = opt(None, "optimizer steps; none: as many as `epochs` needs", ge=1)
+    epochs: float = opt(1.0, "passes over the data, where steps is none", gt=0.0)
+    batch_rows: int = opt(8, "windows in one forward pass", ge=1)
+    accumulate: int = opt(1, "forward passes in one step", ge=1)
+    lr: float = opt(2e-3, "peak learning rate", gt=0.0)
+    warmup_share: float = opt(0.05, "share of the steps that warm up", ge=0.0, le=1.0)
+    decay: Literal["linear", "cosine", "constant"] = opt("linear", "fall of the learning rate after the warm-up")
+    clip: float = opt(1.0, "largest norm of the gradient; 0 for no limit", ge=0.0)
+    weight_decay: float = opt(0.0, "AdamW's decoupled decay", ge=0.0)
+    beta1: float = opt(0.9, "AdamW's first decay rate", ge=0.0, lt=1.0)
+    beta2: float = opt(0.999, "AdamW's second decay rate", ge=0.0, lt=1.0)
+    base_dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "dtype of the frozen base; the adapter is float32")
+    autocast: bool = opt(False, "run the forward pass in bfloat16 where that is safe")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass to save memory")
+    eval_every: int = opt(0, "score the held-out rows every so many steps; 0: at the end only", ge=0)
+    save_every: int = opt(50, "write a checkpoint every so many steps; 0: at the end only", ge=0)
+    patience: int = opt(0, "stop after so many evaluations without a better one and keep the best; 0: never", ge=0)
+    threads: int = opt(0, "CPU threads; 0: as torch chooses", ge=0)
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+@dataclass
+class TrainRecipe:
+    """`plures train`: from rows to a published variant."""
+
+    fleet: str = opt(help="the fleet's folder (made by `plures init`)")
+    name: str = opt(help="name of the variant; a new version if it exists")
+    data: DataPart = field(default_factory=DataPart)
+    adapt: dict[str, Scalar] = opt(
+        default_factory=lambda: {"method": "mos"}, help="the method and its options, e.g. {method: mos, r: 16, e: 2}"
+    )
+    targets: str | list[str] = opt("all-linear", "sites: all-linear, names or endings of names, or a regular expression")
+    layers: list[int] = opt(default_factory=list, help="layer numbers to adapt; none: all")
+    modules_to_save: list[str] = opt(default_factory=list, help="modules to train whole, e.g. [lm_head]")
+    dropout: float = opt(0.0, "dropout on the adapter's input", ge=0.0, lt=1.0)
+    train: LoopPart = field(default_factory=LoopPart)
+    aliases: list[str] = opt(default_factory=list, help="aliases to point at the new version, e.g. [prod]")
+    seed: int = opt(0, "seed of every random number of the run", ge=0)
+    run: str | None = opt(None, "folder of the run; none: <fleet>/runs/<name>-<hash of the recipe>")
+    tensorboard: bool = opt(False, "also write TensorBoard scalars into the run's folder")
+
+    def method(self) -> tuple[str, dict[str, Any]]:
+        """The method's name and its options."""
+        rest = dict(self.adapt)
+        return str(rest.pop("method", "mos")), rest
+
+
+RECIPES: dict[str, type] = {"train": TrainRecipe}
+"""By verb, for `plures recipe <verb>`."""

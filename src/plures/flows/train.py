@@ -1,0 +1,281 @@
+"""Train a variant and publish it: recipe in, version out, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plures.adapt import adapts
+from plures.adapt._lay import count_trained
+from plures.bridges.adapter_folder import WEIGHTS, capture, put_on, write_folder
+from plures.bridges.peft import PluresConfig
+from plures.core.errors import BadInput, StoreBusy, WrongUse, disk
+from plures.core.events import Events, JsonLines, Sink, environment
+from plures.core.recipe import dump, to_dict
+from plures.engine.data import Batches, Example, Rows, encode, held_out, read_rows, split_rows
+from plures.engine.loop import Outcome, Score, Settings, Trainer, evaluate
+from plures.engine.model import Base, empty_base, find_sites, load_base
+from plures.flows.recipes import TrainRecipe
+from plures.store import Score as Measured
+from plures.store import Store, Version
+from plures.tensors import safe
+from plures.tensors.site import Site
+from plures.tensors.variant import Variant
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, known before any weight is loaded."""
+
+    recipe: TrainRecipe
+    method: Any
+    sites: tuple[Site, ...]
+    trained: int
+    n_bytes: int
+    base_parameters: int
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites:
+            groups.setdefault(f"{site.kind} [{site.out}, {site.into}]", []).append(site)
+        return [
+            *(f"{len(members):4d} x {kind}" for kind, members in groups.items()),
+            f"{self.trained:,} trained numbers ({100 * self.trained / self.base_parameters:.3f} % of the base's "
+            f"{self.base_parameters:,}), {self.n_bytes:,} bytes as float32",
+        ]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run gave: the published version, how the loop ended, and the run's folder."""
+
+    version: Version
+    outcome: Outcome
+    run: Path
+
+
+def plan(recipe: TrainRecipe) -> Plan:
+    """Resolve a recipe against its fleet's base without loading a weight; all that can be wrong so far is raised."""
+    name, options = recipe.method()
+    method = adapts.make(name, **options)
+    with Store.open(Path(recipe.fleet)) as store:
+        base = empty_base(store.base)
+    sites = tuple(find_sites(base, recipe.targets, recipe.layers))
+    trained = count_trained(method, sites)
+    for module in recipe.modules_to_save:
+        found = [m for n, m in base.named_modules() if n == module or n.endswith("." + module)]
+        if not found:
+            raise WrongUse(f"modules_to_save: this base has no module {module!r}")
+        trained += sum(p.numel() for m in found for p in m.parameters())
+    return Plan(recipe, method, sites, trained, 4 * trained, sum(p.numel() for p in base.parameters()))
+
+
+def run_folder(recipe: TrainRecipe) -> Path:
+    """The folder of the run: named, or made from the variant's name and a hash of all that decides the result."""
+    if recipe.run:
+        return Path(recipe.run)
+    decides = {k: v for k, v in to_dict(recipe).items() if k not in ("run", "tensorboard", "aliases", "fleet")}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(recipe.fleet) / "runs" / f"{recipe.name}-{digest}"
+
+
+def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = False, base: Base | None = None,
+          rows: Rows | None = None, held: Rows | None = None) -> Trained:  # fmt: skip
+    """Train what `recipe` says and publish it in its fleet.
+
+    `resume` goes on from the run's checkpoint; a finished run only publishes again, which changes nothing. `rows`
+    and `held` replace the files that `recipe.data` names; `base` one that is loaded already (it is left as it was).
+
+    Raises: StoreBusy while another process works on the same run; WrongUse where the run exists and `resume` is not
+        asked for; and what reading, planning and publishing raise.
+    """
+    planned = plan(recipe)
+    folder = run_folder(recipe)
+    with Store.open(Path(recipe.fleet)) as store, _held_run(folder):
+        if (folder / "recipe.yaml").exists() and not resume:
+            raise WrongUse(f"run {str(folder)!r} exists; go on with --resume, remove it to begin anew, or change the recipe")
+        safe.write_bytes(folder / "recipe.yaml", dump(recipe).encode())
+        safe.write_bytes(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
+        events = _events(recipe, folder, sinks)
+        try:
+            if recipe.train.threads:
+                torch.set_num_threads(recipe.train.threads)
+            train_rows, score_rows = _rows(recipe, rows, held)
+            loaded = base or load_base(store.base, dtype=recipe.train.base_dtype, device=device(recipe.train.device))
+            variant, outcome = _fit(planned, loaded, train_rows, score_rows, folder, events, resume)
+            _keep(folder, variant, recipe.name)
+            scores = _scores(outcome.score, recipe)
+            version = store.publish(variant, recipe.name, aliases=recipe.aliases, scores=scores)
+            events.emit("done", version=version.ref, identity=version.identity, steps=outcome.steps,
+                        trained=planned.trained, n_bytes=version.n_bytes)  # fmt: skip
+        finally:
+            events.close()
+    return Trained(version, outcome, folder)
+
+
+@contextmanager
+def _held_run(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process alone; the system frees the lock when the process dies."""
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreBusy(f"another process is training in {str(folder)!r}; wait for it, or use another run folder") from error
+        yield
+
+
+def _events(recipe: TrainRecipe, folder: Path, sinks: tuple[Sink, ...]) -> Events:
+    extra: tuple[Sink, ...] = ()
+    if recipe.tensorboard:
+        from plures.bridges.trackers import TensorBoard
+
+        extra = (TensorBoard(folder / "tensorboard"),)
+    return Events(JsonLines(folder / "events.jsonl"), *extra, *sinks)
+
+
+def device(wanted: str) -> str:
+    """The torch device of a recipe's word."""
+    if wanted != "auto":
+        try:
+            torch.device(wanted)
+        except RuntimeError as error:
+            raise WrongUse(f"train.device {wanted!r} is no device torch knows; auto, cpu, cuda, cuda:1 or mps") from error
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise WrongUse(f"train.device {wanted!r}: no CUDA device is visible here; use auto or cpu")
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rows(recipe: TrainRecipe, rows: Rows | None, held: Rows | None) -> tuple[Rows, Rows | None]:
+    """The rows to train and to score on."""
+    part = recipe.data
+    if rows is None:
+        rows = read_rows(part.train, columns=part.columns, limit=part.limit)
+    if held is None and part.held_out:
+        held = read_rows(part.held_out, columns=part.columns)
+    if held is None and part.held_out_share and len(rows) > 1:
+        rows, held = split_rows(rows, part.held_out_share, recipe.seed)
+    return rows, held if held else None
+
+
+def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path, events: Events,
+         resume: bool) -> tuple[Variant, Outcome]:  # fmt: skip
+    """Put the method on the base, train it, and take it off again as a variant."""
+    recipe, loop = planned.recipe, planned.recipe.train
+    examples = encode(rows, base.tokenizer, max_tokens=recipe.data.max_tokens)
+    pad = pad_id(base)
+    batches = Batches(examples, batch_rows=loop.batch_rows, tokens=recipe.data.max_tokens, packing=recipe.data.packing,
+                      seed=recipe.seed, pad_id=pad)  # fmt: skip
+    steps = loop.steps or max(1, math.ceil(loop.epochs * len(batches) / loop.accumulate))
+    settings = Settings(
+        steps=steps, lr=loop.lr, accumulate=loop.accumulate, warmup_steps=round(loop.warmup_share * steps), decay=loop.decay,
+        clip=loop.clip, weight_decay=loop.weight_decay, beta1=loop.beta1, beta2=loop.beta2, autocast=loop.autocast,
+        eval_every=loop.eval_every, save_every=loop.save_every, patience=loop.patience, seed=recipe.seed,
+    )  # fmt: skip
+    name, options = recipe.method()
+    config = PluresConfig(
+        task_type="CAUSAL_LM", method=name, options=options, target_modules=[s.name for s in planned.sites],
+        modules_to_save=recipe.modules_to_save or None, dropout=recipe.dropout, seed=recipe.seed,
+    )  # fmt: skip
+    model = put_on(base.model, config, "default")
+    try:
+        if loop.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        trainer = Trainer(model, settings, folder, events)
+        events.emit("start", name=recipe.name, method=name, steps=steps, trained=planned.trained, rows=len(rows),
+                    batches=len(batches), sites=len(planned.sites))  # fmt: skip
+        if resume:
+            trainer.resume()
+        scored = encode(held, base.tokenizer, max_tokens=recipe.data.max_tokens) if held else None
+        outcome = trainer.fit(OnDevice(batches, base.model.device), scorer(model, scored, recipe, base) if scored else None)
+        facts = provenance(recipe, rows, planned, steps, outcome)
+        return capture(model, "default", base.ref, facts), outcome
+    finally:
+        model.unload()
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Batches, moved to a device as they are asked for."""
+
+    batches: Batches
+    device: torch.device
+
+    def at(self, step: int) -> dict[str, torch.Tensor]:
+        """Batch number `step`."""
+        return {k: t.to(self.device) for k, t in self.batches.at(step).items()}
+
+
+def pad_id(base: Base) -> int:
+    """The id that pads; it never counts, so any id will do where the tokenizer has none."""
+    tokenizer: Any = base.tokenizer
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def scorer(model: Any, examples: list[Example], recipe: TrainRecipe, base: Base) -> Any:
+    """A function that scores `model` on the held-out examples."""
+    n_bytes = sum(e.n_bytes for e in examples)
+
+    def score() -> Score:
+        def batches() -> Iterator[dict[str, torch.Tensor]]:
+            for batch in held_out(examples, recipe.train.batch_rows, recipe.data.max_tokens, pad_id(base)):
+                yield {k: t.to(base.model.device) for k, t in batch.items()}
+
+        return evaluate(model, batches, n_bytes, recipe.train.autocast)
+
+    return score
+
+
+def provenance(recipe: TrainRecipe, rows: Rows, planned: Plan, steps: int, outcome: Outcome) -> dict[str, Any]:
+    """Where the variant came from, as JSON."""
+    said = to_dict(replace(recipe, run=None))
+    return {
+        "recipe": {k: v for k, v in said.items() if k not in ("fleet", "run", "tensorboard")},
+        "targets": recipe.targets,
+        "layers": list(recipe.layers),
+        "seed": recipe.seed,
+        "data": rows.fingerprint,
+        "rows": len(rows),
+        "trained": planned.trained,
+        "steps": outcome.steps,
+        "packages": environment()["packages"],
+    }
+
+
+def _scores(score: Score | None, recipe: TrainRecipe) -> list[Measured]:
+    """The held-out score as the store keeps it."""
+    if score is None:
+        return []
+    where = recipe.data.held_out or f"{recipe.data.train} (held-out share)"
+    return [Measured(where, m, getattr(score, m)) for m in ("nats_per_token", "bits_per_byte", "perplexity")]
+
+
+def _keep(folder: Path, variant: Variant, name: str) -> None:
+    """Leave the variant in the run's folder as an adapter folder too; a torn one from a kill is written anew."""
+    target = folder / "variant"
+    if (target / WEIGHTS).exists():
+        return
+    if target.exists():
+        for path in target.iterdir():
+            path.unlink()
+    write_folder(variant, target, name=name)
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise BadInput unless `folder` is a run that can go on."""
+    if not (folder / "recipe.yaml").is_file():
+        raise BadInput(f"{str(folder)!r} is no run: it has no recipe.yaml")
