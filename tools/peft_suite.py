@@ -12,6 +12,7 @@ configs, tests over nothing of ours are dropped, and no model is looked for on a
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -93,12 +94,14 @@ def run_suite(source: Path, methods: list[str], files: list[str], select: str) -
     path = [str(here.parent), str(here.parent.parent / "src"), str(source), str(source.parent / "deps")]
     settings = {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "PLURES_SUITE_METHODS": ",".join(methods),
                 "PLURES_SUITE_OUT": str(out), "PLURES_SUITE_MODELS": str(source.parent / "models")}  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-p", "peft_suite", *(f"tests/{f}" for f in files), "-q", "--tb=short",
-               "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore", *(["-k", select] if select else [])]  # fmt: skip
-    with (source.parent / "last.log").open("w") as log:
-        subprocess.run(command, cwd=source, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "ignore", "-o", "addopts=", "-p", "peft_suite",
+               "-p", "no:cacheprovider", *(f"tests/{f}" for f in files)]  # fmt: skip
+    command += ["-k", select] if select else []
+    env, lines = os.environ | settings, source.parent / "last.log"
+    with lines.open("w") as log:
+        subprocess.run(command, cwd=source, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
     if not out.is_file():
-        raise SystemExit(f"the suite did not run to its end; see {source.parent / 'last.log'}")
+        raise SystemExit(f"the suite did not run to its end; see {lines}")
     records: list[dict[str, str]] = json.loads(out.read_text())
     return records
 
@@ -167,14 +170,16 @@ def config_class(name: str) -> tuple[type, dict[str, Any], dict[str, Any]]:
 
 def named_class(name: str) -> type:
     """A config class that needs `target_modules` alone, for tests that take the class and no settings."""
-    cls, wide, thin = config_class(name)
-    if name in PEERS:
-        return cls
+    cls, _, thin = config_class(name)
 
-    def __init__(self: Any, **settings: Any) -> None:
-        cls.__init__(self, **{**thin, **settings})
+    class Named(cls):  # type: ignore[misc, valid-type]
+        plures_method = name
 
-    return type(f"{name.title()}Config", (cls,), {"__init__": __init__, "plures_method": name})
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**{**thin, **settings})
+
+    Named.__name__ = f"{name.title()}Config"
+    return cls if name in PEERS else Named
 
 
 def lists(methods: list[str]) -> dict[str, list[Any]]:
@@ -187,21 +192,16 @@ def lists(methods: list[str]) -> dict[str, list[Any]]:
             cases.append((f"Vanilla MLP {i} {name}", "MLP", cls, {**wide, "target_modules": targets}))
         save = {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}
         cases.append((f"Vanilla MLP 6 {name}", "MLP", cls, {**wide, **save}))
-        if name != "VBLoRAConfig":
-            cases.append((f"EmbConv1D 1 {name}", "EmbConv1D", cls, {**thin, "target_modules": ["conv1d"]}))
-            several += [
-                (f"{name} {what}", name, cls, *({**wide, "target_modules": [t], **unlike(name, i)} for i, t in enumerate(("lin0", second))))
-                for what, second in (("Same", "lin0"), ("Different", "lin1"))
-            ]
-        if name not in PEERS:
-            mixed += [
-                (f"{name} mixed {what}", *(cls(**wide, target_modules=[t], init_weights=False, seed=i)
-                 for i, t in enumerate(("lin0", second))))
-                for what, second in (("same", "lin0"), ("different", "lin1"))
-            ]  # fmt: skip
-        decoders.append((cls, {"task_type": "CAUSAL_LM", "target_modules": None, **(wide if name not in PEERS else {})}))
-    if "VBLoRAConfig" in methods:
-        decoders = [(c, {**k, "vector_length": 1, "num_vectors": 2} if c.__name__ == "VBLoRAConfig" else k) for c, k in decoders]
+        decoder = {"task_type": "CAUSAL_LM", "target_modules": None, **wide}
+        decoders.append((cls, {**decoder, "num_vectors": 2} if name == "VBLoRAConfig" else decoder))
+        if name == "VBLoRAConfig":
+            continue  # its start is no identity, and it has no seed
+        cases.append((f"EmbConv1D 1 {name}", "EmbConv1D", cls, {**thin, "target_modules": ["conv1d"]}))
+        for what, second in (("same", "lin0"), ("different", "lin1")):
+            one, two = ({**wide, "target_modules": [t], **unlike(name, i)} for i, t in enumerate(("lin0", second)))
+            several.append((f"{name} {what}", f"plures {name}", cls, one, two))
+            if name not in PEERS:
+                mixed.append((f"{name} mixed {what}", cls(**one), cls(**two)))
     return {
         "TEST_CASES": cases,
         "ALL_PEFT_CONFIG_CLASSES": [named_class(n) for n in methods],
@@ -218,18 +218,17 @@ def unlike(name: str, seed: int) -> dict[str, Any]:
 
 
 def alike(rows: list[Any]) -> list[Any]:
-    """Rows of LoRA configs said over in each of our methods, where a LoRA has nothing but targets and modules to save."""
+    """Rows of LoRA configs said over in each of our methods, where they have only targets and modules to save."""
     said: list[Any] = []
-    for name in os.environ["PLURES_SUITE_METHODS"].split(","):
-        for row in rows if name not in PEERS else ():
-            cls, wide, thin = config_class(name)
-            whole = row if isinstance(row, tuple) else (row,)
-            loras = [c for c in whole if type(c).__name__ == "LoraConfig"]
-            if loras and not any(c.use_dora or c.rank_pattern or c.trainable_token_indices for c in loras):
-                said.append(tuple(
-                    cls(**wide, target_modules=c.target_modules, modules_to_save=c.modules_to_save, init_weights=False, seed=i)
-                    if c in loras else f"{name}: {c}" for i, c in enumerate(whole)
-                ))  # fmt: skip
+    for name in (m for m in os.environ["PLURES_SUITE_METHODS"].split(",") if m not in PEERS):
+        cls, wide, _ = config_class(name)
+        for row in (r if isinstance(r, tuple) else (r,) for r in rows):
+            loras = [c for c in row if type(c).__name__ == "LoraConfig"]
+            if not loras or any(c.use_dora or c.rank_pattern or c.trainable_token_indices for c in loras):
+                continue
+            places = [{"target_modules": c.target_modules, "modules_to_save": c.modules_to_save} for c in loras]
+            ours = iter(cls(**wide, **p, init_weights=False, seed=i) for i, p in enumerate(places))
+            said.append(tuple(next(ours) if c in loras else f"{name}: {c}" for c in row))
     return said
 
 
@@ -257,7 +256,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> Iterator[None
         for name, rows in ours.items():
             if isinstance(found := vars(holder).get(name), list) and found != rows:
                 found[:] = rows
-        for mark in (m for f in vars(holder).values() for m in getattr(f, "pytestmark", []) if m.name == "parametrize"):
+        tests = [f for f in vars(holder).values() if inspect.isfunction(f)]
+        for mark in (m for f in tests for m in getattr(f, "pytestmark", []) if m.name == "parametrize"):
             if "config0" in mark.args[0] or mark.args[0].endswith(", config"):  # rows of configs, written in place
                 mark.args[1][:] = [*mark.args[1], *alike(mark.args[1])]
     if hasattr(module, "hub_online_once"):

@@ -51,7 +51,7 @@ def same(a: Variant, b: Variant) -> bool:
     x, y = a.flat(), b.flat()
     return (
         a.manifest() == b.manifest()
-        and list(sorted(x)) == list(sorted(y))
+        and sorted(x) == sorted(y)
         and all(x[k].dtype == y[k].dtype and x[k].shape == y[k].shape and bits(x[k]) == bits(y[k]) for k in x)
     )
 
@@ -68,7 +68,8 @@ def blob_files(path: Path) -> list[Path]:
 
 def tree(path: Path) -> dict[str, bytes]:
     """Every file of blobs/ and tmp/ with its bytes."""
-    return {str(p.relative_to(path)): p.read_bytes() for d in ("blobs", "tmp") for p in (path / d).rglob("*") if p.is_file()}
+    found = [p for d in ("blobs", "tmp") for p in (path / d).rglob("*") if p.is_file()]
+    return {str(p.relative_to(path)): p.read_bytes() for p in found}
 
 
 def publish_ten(path: Path, who: int, start: Barrier) -> None:
@@ -108,13 +109,18 @@ def die_at(step: int, path: Path, what: str, seed: int) -> None:
     sys.addaudithook(lambda event, args: tick() if event in touches else None)
     real = os.fsync
 
-    def fsync(fd: int) -> None:
+    def fsync(fd: Any) -> None:
         tick()
         real(fd)
 
     os.fsync = fsync
+
+    def statement(text: str) -> None:
+        if text.startswith(("BEGIN", "COMMIT", "INSERT INTO version", "INSERT INTO alias", "DELETE", "UPDATE tensor")):
+            tick()
+
     with Store.open(path) as store:
-        store._index._db.set_trace_callback(tick)
+        store._index._db.set_trace_callback(statement)
         live = True
         if what == "publish":
             store.publish(variant(seed), "steps", aliases=["prod"])

@@ -18,7 +18,8 @@ def size(path: Path) -> int:
 def test_nothing_to_free(fleet: Store) -> None:
     fleet.publish(variant(1), "a")
     before = tree(fleet.path)
-    assert fleet.gc() == 0 and tree(fleet.path) == before
+    assert fleet.gc() == 0
+    assert tree(fleet.path) == before
 
 
 def test_frees_exactly_what_no_version_names(fleet: Store) -> None:
@@ -30,11 +31,16 @@ def test_frees_exactly_what_no_version_names(fleet: Store) -> None:
     assert fleet.gc() == 0  # c names the same variant
     fleet.remove("c@1")
     before = size(fleet.path)
-    assert fleet.gc(dry=True) == before - a_only and size(fleet.path) == before
+    assert fleet.gc(dry=True) == before - a_only
+    assert size(fleet.path) == before
     assert fleet.usage()["n_variants"] == 2  # a dry run changes no row either
-    assert fleet.gc() == before - a_only and size(fleet.path) == a_only
-    assert fleet.usage()["n_variants"] == 1 and same(fleet.load("a"), variant(1))
-    assert fleet.gc() == 0 and fleet.fsck() == fleet.fsck(quick=True) and fleet.fsck().ok
+    assert fleet.gc() == before - a_only
+    assert size(fleet.path) == a_only
+    assert fleet.usage()["n_variants"] == 1
+    assert same(fleet.load("a"), variant(1))
+    assert fleet.gc() == 0
+    assert fleet.fsck() == fleet.fsck(quick=True)
+    assert fleet.fsck().ok
 
 
 def test_a_shared_tensor_outlives_its_first_owner_and_blobs_are_compacted(fleet: Store) -> None:
@@ -45,11 +51,14 @@ def test_a_shared_tensor_outlives_its_first_owner_and_blobs_are_compacted(fleet:
     assert fleet.gc(dead_share=0.5) == 0  # 384 dead bytes of 2432 are less than half
     assert tree(fleet.path) == before
     want = fleet.gc(dry=True, dead_share=0.1)
-    assert want > 300 and tree(fleet.path) == before
+    assert want > 300
+    assert tree(fleet.path) == before
     held = size(fleet.path)
     assert fleet.gc(dead_share=0.1) == want == held - size(fleet.path)
-    assert same(fleet.load("b"), variant(2, pool=5)) and fleet.fsck().problems == ()
-    assert fleet.usage()["bytes"] == size(fleet.path) and fleet.usage()["n_tensors"] == 7
+    assert same(fleet.load("b"), variant(2, pool=5))
+    assert fleet.fsck().problems == ()
+    assert fleet.usage()["bytes"] == size(fleet.path)
+    assert fleet.usage()["n_tensors"] == 7
     assert fleet.gc(dead_share=0.0) == 0
     fleet.publish(variant(1, pool=5), "a")  # what was freed can come back
     assert same(fleet.load("a"), variant(1, pool=5))
@@ -62,9 +71,13 @@ def test_orphans_are_reclaimable_and_no_problem(fleet: Store) -> None:
     orphan.write_bytes(b"x" * 10)
     (fleet.path / "tmp" / ("1" * 32 + ".safetensors")).write_bytes(b"y" * 7)
     report = fleet.fsck()
-    assert report.ok and len(report.reclaimable) == 2 and report.reclaimable_bytes == 17
-    assert fleet.gc(dry=True) == 17 == fleet.gc() and not orphan.exists()
-    assert fleet.fsck().reclaimable == () and same(fleet.load("a"), variant(1))
+    assert report.ok
+    assert len(report.reclaimable) == 2
+    assert report.reclaimable_bytes == 17
+    assert fleet.gc(dry=True) == 17 == fleet.gc()
+    assert not orphan.exists()
+    assert fleet.fsck().reclaimable == ()
+    assert same(fleet.load("a"), variant(1))
 
 
 def test_foreign_files_are_named_and_left(fleet: Store, tmp_path: Path) -> None:
@@ -79,10 +92,13 @@ def test_foreign_files_are_named_and_left(fleet: Store, tmp_path: Path) -> None:
     for path in foreign[:3]:
         path.write_text("mine")
     report = fleet.fsck()
-    assert len(report.problems) == 4 and report.reclaimable == ()
+    assert len(report.problems) == 4
+    assert report.reclaimable == ()
     for path in foreign:
         assert any(repr(str(path.relative_to(fleet.path))) in p for p in report.problems)
-    assert fleet.gc() == 0 and all(p.exists() for p in foreign) and target.read_text() == "keep"
+    assert fleet.gc() == 0
+    assert all(p.exists() for p in foreign)
+    assert target.read_text() == "keep"
 
 
 def test_a_damaged_blob_is_not_rewritten(fleet: Store) -> None:
@@ -94,7 +110,8 @@ def test_a_damaged_blob_is_not_rewritten(fleet: Store) -> None:
         data[i] ^= 1
     path.write_bytes(data)
     fleet.remove("a@1")
-    assert fleet.gc(dead_share=0.0) == 0 and path.read_bytes() == data
+    assert fleet.gc(dead_share=0.0) == 0
+    assert path.read_bytes() == data
     assert any(path.stem in p for p in fleet.fsck().problems)
 
 
@@ -118,4 +135,5 @@ def test_gc_waits_for_publishers_and_publishers_for_gc(fleet: Store) -> None:
             assert same(other.load("a"), variant(1))  # nor does gc hold up a server
         with fleet._index.write(), pytest.raises(StoreBusy, match=r"fleet\.db"):
             other.alias("a", "prod")
-        assert other.names() == ["a"] and other.fsck().problems == ()
+        assert other.names() == ["a"]
+        assert other.fsck().problems == ()

@@ -35,16 +35,18 @@ def test_two_processes_publish_at_once(fleet: Store) -> None:
     for version in fleet.versions(all=True):
         assert fleet.load(version.ref).identity() == version.identity
     assert len(fleet.versions(all=True)) == 30  # each 'same-i' has one version: the second came to the latest
-    assert fleet.usage()["n_tensors"] == 20 * 6 + 10 * 6 + 10 and fleet.fsck().problems == ()
+    assert fleet.usage()["n_tensors"] == 20 * 6 + 10 * 6 + 10
+    assert fleet.fsck().problems == ()
     fleet.gc(dead_share=0.0)
-    assert fleet.fsck().reclaimable == () and same(fleet.load("same-3"), variant(5003, pool=3))
+    assert fleet.fsck().reclaimable == ()
+    assert same(fleet.load("same-3"), variant(5003, pool=3))
 
 
 def test_gc_races_with_publishers(fleet: Store) -> None:
     context = processes()
     start, done = context.Barrier(3), context.Event()
     sweeper = context.Process(target=sweep_until, args=(fleet.path, done, start))
-    children = [context.Process(target=publish_and_remove, args=(fleet.path, who, 40, start)) for who in (1, 2)]
+    children = [context.Process(target=publish_and_remove, args=(fleet.path, who, 25, start)) for who in (1, 2)]
     for child in (sweeper, *children):
         child.start()
     for child in children:
@@ -54,7 +56,8 @@ def test_gc_races_with_publishers(fleet: Store) -> None:
     assert [c.exitcode for c in (sweeper, *children)] == [0, 0, 0]
     assert fleet.fsck().problems == ()
     found = fleet.versions(all=True)
-    assert len(found) == 80 and {v.name for v in found} == {f"kept-{w}-{i}" for w in (1, 2) for i in (0, 1)}
+    assert len(found) == 50
+    assert {v.name for v in found} == {f"kept-{w}-{i}" for w in (1, 2) for i in (0, 1)}
     for version in found:
         assert fleet.load(version.ref).identity() == version.identity
 
@@ -71,7 +74,9 @@ def test_gc_cannot_come_between_a_blob_and_its_row(fleet: Store, monkeypatch: py
 
     monkeypatch.setattr(Blobs, "put", put_then_gc)
     fleet.publish(variant(1), "a")
-    assert tried and same(fleet.load("a"), variant(1)) and fleet.fsck().problems == ()
+    assert tried
+    assert same(fleet.load("a"), variant(1))
+    assert fleet.fsck().problems == ()
 
 
 def test_gc_cannot_take_what_a_publisher_found(fleet: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +94,9 @@ def test_gc_cannot_take_what_a_publisher_found(fleet: Store, monkeypatch: pytest
 
     monkeypatch.setattr(publish, "_store_new", look_then_gc)
     fleet.publish(variant(1), "b")
-    assert tried and same(fleet.load("b"), variant(1)) and fleet.fsck().problems == ()
+    assert tried
+    assert same(fleet.load("b"), variant(1))
+    assert fleet.fsck().problems == ()
 
 
 def test_where_locks_do_not_hold_a_publish_fails_whole(fleet: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +116,8 @@ def test_where_locks_do_not_hold_a_publish_fails_whole(fleet: Store, monkeypatch
         patch.setattr(publish, "_store_new", look_then_lose)
         with pytest.raises(StoreBusy, match="publish again"):
             fleet.publish(variant(1), "b")
-    assert fleet.names() == [] and fleet.fsck().problems == ()
+    assert fleet.names() == []
+    assert fleet.fsck().problems == ()
     fleet.publish(variant(1), "b")
     assert same(fleet.load("b"), variant(1))
 
@@ -126,11 +134,14 @@ def test_the_same_tensors_published_in_between(fleet: Store, monkeypatch: pytest
 
         monkeypatch.setattr(Blobs, "put", put_after_other)
         fleet.publish(variant(2, pool=4), "second")
-    assert fleet.usage()["n_tensors"] == 13 and fleet.fsck().problems == ()
+    assert fleet.usage()["n_tensors"] == 13
+    assert fleet.fsck().problems == ()
     before = fleet.usage()["bytes"]
     freed = fleet.gc(dead_share=0.5)
-    assert freed > 2000 and fleet.usage()["bytes"] == before - freed  # one pool of 2048 bytes is left
-    assert same(fleet.load("first"), variant(1, pool=4)) and same(fleet.load("second"), variant(2, pool=4))
+    assert freed > 2000
+    assert fleet.usage()["bytes"] == before - freed
+    assert same(fleet.load("first"), variant(1, pool=4))
+    assert same(fleet.load("second"), variant(2, pool=4))
 
 
 def test_a_reader_follows_what_gc_moves(fleet: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,4 +172,5 @@ def test_gc_is_not_starved(fleet: Store) -> None:
             other.publish(variant(1), "a")
     finally:
         os.close(gate)
-    assert fleet.base == BASE and fleet.publish(variant(1), "a")
+    assert fleet.base == BASE
+    assert fleet.publish(variant(1), "a")

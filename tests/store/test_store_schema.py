@@ -37,7 +37,8 @@ def test_an_older_schema_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, NEWER, "UPDATE version SET note = note || '!';"))
     for _ in range(2):  # the second time there is nothing to do
         with Store.open(tmp_path / "f") as store:
-            assert store.resolve("a").note == "old!" and same(store.load("a"), variant(1))
+            assert store.resolve("a").note == "old!"
+            assert same(store.load("a"), variant(1))
     with Store.open(tmp_path / "f") as store:
         store.alias("a", "x")
         with store._index.read() as db:
@@ -48,7 +49,8 @@ def test_an_older_schema_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old_fleet(tmp_path / "f")
     known = schema.MIGRATIONS
-    monkeypatch.setattr(schema, "MIGRATIONS", (*known, "UPDATE version SET note = 'lost';", "INSERT INTO nowhere VALUES (1);"))
+    failing = ("UPDATE version SET note = 'lost';", "INSERT INTO nowhere VALUES (1);")
+    monkeypatch.setattr(schema, "MIGRATIONS", (*known, *failing))
     with pytest.raises(sqlite3.OperationalError):  # our own bug, so not dressed up
         Store.open(tmp_path / "f")
     monkeypatch.setattr(schema, "MIGRATIONS", known)
@@ -76,5 +78,6 @@ def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_settings(fleet: Store) -> None:
     with fleet._index.read() as db:
-        found = {k: db.execute(f"PRAGMA {k}").fetchone()[0] for k in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")}
+        names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        found = {k: db.execute(f"PRAGMA {k}").fetchone()[0] for k in names}
     assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5000}

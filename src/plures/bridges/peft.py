@@ -42,21 +42,14 @@ from plures.tensors.site import Site
 FORMAT_VERSION = 1
 
 
-def _add_peft_type(name: str) -> None:
-    """Add a member to PEFT's closed enum of types: PEFT has no plug-in discovery (huggingface/peft#2273)."""
-    if name in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
+if "PLURES" not in PeftType.__members__:  # a closed enum, and PEFT discovers no plug-ins (huggingface/peft#2273)
+    member = str.__new__(PeftType, "PLURES")
+    member._name_ = member._value_ = "PLURES"
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-
-
-_add_peft_type("PLURES")
+    type.__setattr__(PeftType, "PLURES", member)
+    PeftType._member_names_.append("PLURES")
+    PeftType._member_map_["PLURES"] = PeftType._value2member_map_["PLURES"] = member
 
 
 @dataclass
@@ -89,11 +82,10 @@ class PluresConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):  # sets, as PEFT has them
             if isinstance(given := getattr(self, name), list):
                 setattr(self, name, set(given))
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise WrongUse("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise WrongUse("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and not self.layers_to_transform:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise WrongUse(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
             raise WrongUse("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.format_version != FORMAT_VERSION:
             raise WrongUse(f"format_version {self.format_version} is not {FORMAT_VERSION}: written by another Plures")
@@ -147,9 +139,7 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantisation)
         self.transposed = isinstance(base_layer, Conv1D)  # GPT-2 stores [into, out]
-        self.in_features: int
-        self.out_features: int
-        self.in_features, self.out_features = _get_in_out_features(base_layer)  # type: ignore[assignment]
+        self.in_features, self.out_features = map(int, _get_in_out_features(base_layer))  # type: ignore[arg-type]
         self.plures_own = nn.ModuleDict()
         self.plures_pool = nn.ModuleDict()  # only on the owner of a group
         self.plures_dropout = nn.ModuleDict()
@@ -157,7 +147,6 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         self.sites: dict[str, Site] = {}
         self.owners: dict[str, PluresLayer | None] = {}
         self._merged_deltas: dict[str, Tensor] = {}
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def plan(self, adapter: str, method: Any, dropout: float) -> None:
@@ -176,16 +165,14 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
 
     def leaves(self, adapter: str) -> list[Leaves]:
-        """What of the adapter is held here: its own tensors, and its pool where this layer owns that."""
+        """What this layer itself holds of the adapter."""
         return [room[adapter] for room in (self.plures_own, self.plures_pool) if adapter in room]  # type: ignore[misc]
 
     def tensors(self, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The adapter's own tensors here, and its pool wherever that is held."""
         own = self.plures_own[adapter].tensors()  # type: ignore[operator]
         owner = self.owners[adapter]
-        if owner is None:
-            return own, {}
-        pool = owner.plures_pool[adapter].tensors()  # type: ignore[operator]
+        pool = {} if owner is None else owner.plures_pool[adapter].tensors()  # type: ignore[operator]
         if owner is not self and own:  # a model spread over devices: follow this layer
             device = next(iter(own.values())).device
             pool = {k: t.to(device) for k, t in pool.items()}
@@ -201,7 +188,7 @@ class PluresLayer(nn.Module, BaseTunerLayer):
 
     def base_weight(self) -> Tensor:
         """The base's weight as `[out, into]`, dequantised where PEFT knows how."""
-        backend, weight = self.quantization_backend, self.get_base_layer().weight
+        backend, weight = self.quantization_backend, self.weight
         if not (backend.supports_merge if backend else weight.is_floating_point()):
             kind = backend.backend_name if backend else weight.dtype
             raise WrongUse(f"{self.name!r} is quantised ({kind}) with no way back; use the unquantised base for this")
@@ -215,14 +202,14 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         method: Any = self.methods[adapter]
         if hasattr(method, "factors"):
             B, A = method.factors(own, pool)
-            return B @ A  # type: ignore[no-any-return]
+            return B @ A
         W = self.base_weight().float()
-        return method.weight(W, own, pool) - W  # type: ignore[no-any-return]
+        return method.weight(W, own, pool) - W
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base's weight, in the base's layout and dtype."""
-        dtype, delta = self.get_base_layer().weight.dtype, self.delta(adapter)
-        return (delta.T if self.transposed else delta).to(dtype if dtype.is_floating_point else delta.dtype)
+        W, delta = self.weight, self.delta(adapter)
+        return (delta.T if self.transposed else delta).to(W.dtype if W.is_floating_point() else delta.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -267,27 +254,20 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         return y + nn.functional.linear(x, method.weight(W, own, pool) - W).to(y.dtype)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        for adapter in dict.fromkeys(adapter_names):  # "__base__" has no tensors anywhere
-            if adapter in self.plures_own:
-                rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == adapter], device=x.device)
-                y = y.index_copy(0, rows, self._adapt(adapter, x[rows], y[rows]))
-        return y
-
-    def _check_forward_args(self, x: Tensor, adapter_names: list[str] | None) -> None:
-        if adapter_names is None:
-            return
         if len(x) != len(adapter_names):
             raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
                              f"{len(adapter_names)} and {len(x)} respectively.")  # fmt: skip
         if self.merged:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call "
                              "`unmerge_adapter` first.")  # fmt: skip
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter in (a for a in dict.fromkeys(adapter_names) if a in self.plures_own):  # "__base__" never is
+            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == adapter], device=x.device)
+            y = y.index_copy(0, rows, self._adapt(adapter, x[rows], y[rows]))
+        return y
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base's output with the active adapters on it; `adapter_names` gives every row its own."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        self._check_forward_args(x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -295,14 +275,9 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
-        if not self.merged:
-            for adapter in self.active_adapters:
-                if adapter in self.plures_own:
-                    y = self._adapt(adapter, x, y)
+        for adapter in (a for a in self.active_adapters if a in self.plures_own and not self.merged):
+            y = self._adapt(adapter, x, y)
         return y
-
-    def __repr__(self) -> str:
-        return "plures." + super().__repr__()
 
 
 class PluresModel(BaseTuner):
@@ -313,7 +288,7 @@ class PluresModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def _create_and_replace(self, peft_config: PluresConfig, adapter_name: str, target: nn.Module, target_name: str,
-                            parent: nn.Module, current_key: str, parameter_name: str | None = None) -> None:  # fmt: skip
+                            parent: nn.Module, current_key: str, parameter_name: Any = None) -> None:  # fmt: skip
         if isinstance(target, PluresLayer):
             layer = target
         elif isinstance(target, NonDynamicallyQuantizableLinear):
@@ -324,17 +299,16 @@ class PluresModel(BaseTuner):
             linear = isinstance(target, (nn.Linear, Conv1D)) or resolve_quantization_backend(target, **how)
             if isinstance(target, BaseTunerLayer) or not linear:
                 raise ValueError(f"Target module {target} is not supported: {current_key!r} is no linear map. Plures "
-                                 "adapts torch.nn.Linear (and its quantised kin) and transformers' Conv1D.")  # fmt: skip
+                                 "adapts torch.nn.Linear, its quantised kin, and transformers' Conv1D.")  # fmt: skip
             layer = PluresLayer(target, current_key, **how)
             self._replace_module(parent, target_name, layer, target)
         layer.plan(adapter_name, peft_config.make(), peft_config.dropout)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # A fresh PluresLayer has no tensors to move yet; PEFT's own version would move what `prefix` names.
-        setattr(parent, child_name, new_module)
+        setattr(parent, child_name, new_module)  # whole already; PEFT's version fails on unloaded trainable tokens
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
-                       low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None) -> None:  # fmt: skip
+                       low_cpu_mem_usage: bool = False, state_dict: Any = None) -> None:  # fmt: skip
         """Replace the targets, then lay the tensors: a pool's size is known only when all its sites are."""
         config: PluresConfig = self.peft_config[adapter_name]
         try:
@@ -373,8 +347,7 @@ class PluresModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {name for m in self.modules() if isinstance(m, PluresLayer) for name in m.plures_own}
-        unknown = sorted({n for n in adapter_names if n != "__base__"} - known)
-        if unknown:
+        if unknown := sorted({n for n in adapter_names if n != "__base__"} - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         if not isinstance(adapter_names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
@@ -382,16 +355,13 @@ class PluresModel(BaseTuner):
         beams, returned = (wanted.get(k) or 1 for k in ("num_beams", "num_return_sequences"))
         repeat: int = beams if beams > 1 else returned  # how often `generate` repeats each row
         repeated = [n for n in adapter_names for _ in range(repeat)]
-        encoder = _get_encoder(self.model) if repeat > 1 else None
-        in_encoder = set(encoder.modules()) if encoder is not None else set()
-        handles = [
-            m.register_forward_pre_hook(
-                partial(_adapter_names_pre_forward_hook, adapter_names=adapter_names if m in in_encoder else repeated),
-                with_kwargs=True,
-            )
-            for m in self.modules()
-            if isinstance(m, (PluresLayer, AuxiliaryTrainingWrapper))
-        ]
+        encoder = _get_encoder(self.model) if repeat > 1 else None  # an encoder runs before rows are repeated
+        encoding = set(encoder.modules()) if encoder is not None else set()
+        handles = []
+        for m in (m for m in self.modules() if isinstance(m, (PluresLayer, AuxiliaryTrainingWrapper))):
+            names = adapter_names if m in encoding else repeated
+            hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
+            handles.append(m.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -443,13 +413,13 @@ class PluresModel(BaseTuner):
             else:
                 own = t if "D" in t else {"D": t["B"].float() @ t["A"].float()}
             layer.plan(adapter_name, config.make(), 0.0)
-            layer.fill(adapter_name, site_of(layer), own, None, None)
+            layer.fill(adapter_name, replace(site_of(layer), W=None), own, None, None)
             layer.set_requires_grad(adapter_name, False)
 
 
 def site_of(layer: PluresLayer) -> Site:
     """The site that a layer stands on."""
-    packed = layer.quantization_backend or not layer.get_base_layer().weight.is_floating_point()
+    packed = layer.quantization_backend or not layer.weight.is_floating_point()
     W = None if packed else layer.base_weight().detach()  # a quantised base is not unpacked whole
     return Site(layer.name, layer.out_features, layer.in_features, W)
 
@@ -460,16 +430,13 @@ def fill_layers(layers: Mapping[str, PluresLayer], adapter: str, laid: Laid) -> 
     for site in laid.sites:
         layer, owner = layers[site.name], owners.get(laid.group_of[site.name])
         pool = laid.pool[laid.group_of[site.name]] if owner is layer else None
-        bare = Site(site.name, site.out, site.into, None, site.at, site.depth)
-        layer.fill(adapter, bare, laid.own[site.name], owner, pool)
+        layer.fill(adapter, replace(site, W=None), laid.own[site.name], owner, pool)
 
 
 def _clear(model: nn.Module, adapter: str) -> None:
     """Take back an injection that failed: forget the adapter, and give layers that hold no other their base again."""
-    for key, layer in [(k, m) for k, m in model.named_modules() if isinstance(m, PluresLayer)]:
-        layer.methods.pop(adapter, None)
-        if adapter in layer.plures_dropout:
-            del layer.plures_dropout[adapter]
+    for key, layer in [(k, m) for k, m in model.named_modules() if isinstance(m, PluresLayer) and adapter in m.methods]:
+        del layer.methods[adapter], layer.plures_dropout[adapter]
         if not layer.methods:
             parent, _, name = _get_submodules(model, key)
             setattr(parent, name, layer.base_layer)
@@ -478,16 +445,12 @@ def _clear(model: nn.Module, adapter: str) -> None:
 def _without_zeros(laid: Laid, frozen: frozenset[str], seed: int) -> Laid:
     """The same tensors, with trained ones that start at zero drawn from a small normal."""
 
-    def drawn(room: str, owner: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            k: normal(rng(seed, "init_weights", room, owner, k), tuple(t.shape), 0.1)
-            if t.is_floating_point() and k not in frozen and not t.any()
-            else t
-            for k, t in leaves.items()
-        }
+    def drawn(of: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        zero = [k for k, t in leaves.items() if k not in frozen and t.is_floating_point() and not t.any()]
+        return {**leaves, **{k: normal(rng(seed, "init_weights", of, k), tuple(leaves[k].shape), 0.1) for k in zero}}
 
-    own = {s: drawn("own", s, v) for s, v in laid.own.items()}
-    return Laid(laid.sites, laid.group_of, own, {g: drawn("pool", g, v) for g, v in laid.pool.items()})
+    own = {site: drawn(f"own {site}", leaves) for site, leaves in laid.own.items()}
+    return replace(laid, own=own, pool={group: drawn(f"pool {group}", leaves) for group, leaves in laid.pool.items()})
 
 
 if PeftType.PLURES not in PEFT_TYPE_TO_TUNER_MAPPING:  # type: ignore[attr-defined]

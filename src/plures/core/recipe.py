@@ -168,10 +168,10 @@ def _scalar(text: str) -> Any:
     """An override's value: a plain scalar as YAML reads it, or a quoted, list or mapping value in flow style."""
     import yaml
 
-    text = text.strip()
     if text[:1] in ("[", "{", "'", '"'):
         return _parse(text)
-    return (at := _loader()("")).construct_object(yaml.ScalarNode(at.resolve(yaml.ScalarNode, text, (True, False)), text))
+    loader = _loader()("")
+    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
 
 
 def _to_yaml(value: Any, flow: bool) -> str:
@@ -211,7 +211,7 @@ def _override(schema: type, data: dict[str, Any], text: str, problems: dict[str,
             problems[f"={text}"] = f"{path.strip()}: cannot be set, because {part} is {_say(room)} and not a mapping"
             return
     try:
-        room[parts[-1]] = _scalar(value)
+        room[parts[-1]] = _scalar(value.strip())
     except ValueError as error:
         problems[f"={text}"] = f"{path.strip()}: {value!r} is not a YAML value: {error}"
 

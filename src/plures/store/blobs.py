@@ -215,4 +215,4 @@ def pack(tensors: Mapping[bytes, Tensor]) -> tuple[bytes, dict[bytes, Spot]]:
     try:
         return safe.to_bytes({str(key): torch.stack(stack) for key, stack in enumerate(stacks)}), spots
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BadInput(f"a tensor cannot be stored as safetensors: {error}; convert it to a plain dense tensor") from error
+        raise BadInput(f"a tensor cannot be stored as safetensors: {error}; make it a plain dense one") from error

@@ -73,8 +73,8 @@ def fsck(index: Index, blobs: Blobs, quick: bool) -> Report:
             problem = _check_blob(blobs, row, quick)
             if problem is not None:
                 used = f"used by {some(row.users)}" if row.users else "used by no version"
-                problems.append(f"blob {row.hash.hex()}: {problem}; {used}; "
-                                "restore that file from a copy, or delete it and publish the variant again")  # fmt: skip
+                next_step = "restore that file from a copy, or delete it and publish the variant again"
+                problems.append(f"blob {row.hash.hex()}: {problem}; {used}; {next_step}")
         named = {row.hash for row in rows}
         for found in files:
             where = str(found.path.relative_to(blobs.root))
@@ -91,7 +91,8 @@ def _check_database(db: sqlite3.Connection) -> list[str]:
     found = [str(r[0]) for r in db.execute("PRAGMA integrity_check(10)")]
     out = [f"fleet.db is damaged: {line}; restore it from a copy" for line in found if line != "ok"]
     for table, row, parent, _ in db.execute("PRAGMA foreign_key_check"):
-        out.append(f"fleet.db is damaged: row {row} of {table!r} refers to a missing {parent!r}; restore it from a copy")
+        missing = f"row {row} of {table!r} refers to a missing {parent!r}"
+        out.append(f"fleet.db is damaged: {missing}; restore it from a copy")
     return out
 
 
@@ -118,7 +119,9 @@ def _blob_rows(db: sqlite3.Connection) -> list[BlobRow]:
     out = []
     for id, hash, n_bytes in db.execute("SELECT id, hash, n_bytes FROM blob ORDER BY id").fetchall():
         tensors = db.execute(
-            "SELECT t.slot, t.row, t.hash, f.dtype, f.shape FROM tensor t JOIN form f ON f.id = t.form WHERE t.blob = ?", (id,)
+            "SELECT t.slot, t.row, t.hash, f.dtype, f.shape FROM tensor t JOIN form f ON f.id = t.form "
+            "WHERE t.blob = ?",
+            (id,),
         ).fetchall()
         users = db.execute(
             "SELECT DISTINCT n.name || '@' || v.number FROM tensor t JOIN variant_tensor r ON r.tensor = t.id "

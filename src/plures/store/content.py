@@ -51,15 +51,17 @@ def take_apart(variant: Variant) -> Content:
         text = json.dumps(manifest, sort_keys=True)
         back = json.loads(text)
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{where} cannot be stored: its manifest is not plain JSON ({error!r}); mend it first") from error
+        raise BadInput(f"{where} cannot be stored: its manifest is not plain JSON ({error!r})") from error
     if json.dumps(back, sort_keys=True) != text:
         raise BadInput(f"{where} cannot be stored: JSON changes its manifest; use text as the keys of its dictionaries")
     from_flat(back, flat, where)  # a tensor of a site or group that it does not have would only show when loaded
     leaf_names = {leaf for group in (variant.own, variant.pool) for owned in group.values() for leaf in owned}
     for name in (*leaf_names, *flat):
         if not name.isprintable() or (name in leaf_names and "/" in name):
-            raise BadInput(f"{where} cannot be stored: tensor name {shown(name)} is not allowed; use printable letters, "
-                           "and no '/' in the name of a leaf")  # fmt: skip
+            raise BadInput(
+                f"{where} cannot be stored: tensor name {shown(name)} is not allowed; "
+                "use printable letters, and no '/' in the name of a leaf"
+            )
     hashes = {key: bytes.fromhex(tensor_hash(t)) for key, t in flat.items()}
     return Content(
         identity=identity_of(back, hashes),

@@ -124,7 +124,7 @@ class Store:
     def names(self) -> list[str]:
         """Every name that has a version, in order."""
         with self._index.read() as db:
-            return [r[0] for r in db.execute("SELECT name FROM name WHERE id IN (SELECT name FROM version) ORDER BY name")]
+            return versions.list_names(db)
 
     def versions(self, name: str | None = None, all: bool = False) -> list[Version]:
         """The latest version of each name (of `name`, where given); with `all`, every version, oldest first.
@@ -197,7 +197,7 @@ class Store:
         parsed = parse(ref)
         bare = parsed.number is None and parsed.alias is None
         if all and not bare:
-            raise WrongUse(f"{ref!r} is one version and all=True means every one; give {parsed.name!r}, or leave all away")
+            raise WrongUse(f"{ref!r} is one version and all=True means every one; give {parsed.name!r}, or no all")
         with self._index.write() as db:
             one = versions.find_version(db, parsed)
             if bare and not all:

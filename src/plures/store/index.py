@@ -26,7 +26,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         # The low byte is the primary code; the rest refines it (SQLITE_BUSY_SNAPSHOT and the like).
         match getattr(error, "sqlite_errorcode", 0) & 0xFF:
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-                raise StoreBusy(f"{where} is held by another process ({error}); nothing was changed, try again") from error
+                raise StoreBusy(f"{where} is held by another process ({error}); nothing changed, try again") from error
             case sqlite3.SQLITE_FULL:
                 raise DiskTrouble(f"cannot write {where}: the disk is full; nothing was changed") from error
             case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:

@@ -93,6 +93,10 @@ def publish(index: Index, blobs: Blobs, variant: Variant, request: Request) -> V
     """
     index.check_writable()
     content = take_apart(variant)
+    with index.read() as db:  # what is wrong with the request is told before a byte is written for it
+        find_name(db, request.name)
+        for parent in request.parents:
+            _parent(db, parent)
     with blobs.shared():  # to the commit: see Blobs
         fresh = _store_new(index, blobs, content)
         with index.write() as db:
@@ -182,7 +186,7 @@ def _variant_row(db: sqlite3.Connection, content: Content) -> int:
     ).rowcount
     if content.hashes and linked != len(content.hashes):
         # Cannot be while we hold the lock, unless this disk ignores locks: then a gc took a tensor we had counted on.
-        raise StoreBusy("a gc ran during this publish, on a disk that ignores flock; nothing was changed, publish again")
+        raise StoreBusy("a gc ran during this publish, on a disk that ignores flock; nothing changed, publish again")
     return made
 
 

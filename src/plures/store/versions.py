@@ -44,7 +44,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Score:
-    """One number measured on a version; `detail` is JSON (seed, rows, settings), `created` is filled in by the fleet."""
+    """One number measured on a version; `detail` is JSON (seed, rows, settings), the fleet fills in `created`."""
 
     dataset: str
     metric: str
@@ -58,6 +58,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def list_names(db: sqlite3.Connection) -> list[str]:
+    """Every name that has a version, in order."""
+    rows = db.execute("SELECT name FROM name WHERE id IN (SELECT name FROM version) ORDER BY name")
+    return [r[0] for r in rows]
+
+
 def find_name(db: sqlite3.Connection, name: str) -> tuple[int, int] | None:
     """(row id, last version number) of a name, or None.
 
@@ -67,7 +73,7 @@ def find_name(db: sqlite3.Connection, name: str) -> tuple[int, int] | None:
     if row is None:
         return None
     if row[2] != name:
-        raise WrongUse(f"name {name!r} differs only in letter case from {row[2]!r}, which this fleet has; write {row[2]!r}")
+        raise WrongUse(f"name {name!r} differs only in letter case from {row[2]!r} of this fleet; write {row[2]!r}")
     return int(row[0]), int(row[1])
 
 
@@ -81,7 +87,7 @@ def find_version(db: sqlite3.Connection, ref: Ref) -> int:
         "SELECT number, id FROM version WHERE name = ? ORDER BY number DESC", (found[0],)
     ).fetchall()  # fmt: skip
     if found is None or not numbers:
-        names = [r[0] for r in db.execute("SELECT name FROM name WHERE id IN (SELECT name FROM version)")]
+        names = list_names(db)
         hint = nearest(ref.name, names) or (f" It has {some(names)}." if names else " It is empty: publish one.")
         raise WrongUse(f"no variant named {ref.name!r} in this fleet.{hint}")
     if ref.alias is not None:
@@ -133,7 +139,8 @@ def _fill(db: sqlite3.Connection, rows: list[tuple[Any, ...]], ids: list[int], a
         only, values = ("", ()) if id is None else ("WHERE version = ?", (id,))
         for owner, alias in db.execute(f"SELECT version, alias FROM alias {only} ORDER BY alias", values):
             aliases.setdefault(owner, []).append(alias)
-        for owner, hash, ref in db.execute(f"SELECT version, hash, ref FROM parent {only} ORDER BY version, at", values):
+        listed = f"SELECT version, hash, ref FROM parent {only} ORDER BY version, at"
+        for owner, hash, ref in db.execute(listed, values):
             parents.setdefault(owner, []).append(ref or hash.hex())
     out = []
     for id, name, number, identity, created, manifest, n_bytes, provenance, note in rows:
@@ -156,7 +163,7 @@ def check_score(score: Score) -> tuple[str, str, float, str]:
         value = float(score.value)
         detail = dump(dict(score.detail))
     except (TypeError, ValueError) as error:
-        raise WrongUse(f"score {metric!r} on {dataset!r} cannot be stored: {error}; give a number and plain JSON") from error
+        raise WrongUse(f"score {metric!r} on {dataset!r} cannot be stored ({error}); give a number and JSON") from error
     if not math.isfinite(value):
         raise WrongUse(f"score {metric!r} on {dataset!r} is {shown(value)}; give a finite number")
     return dataset, metric, value, detail
