@@ -95,7 +95,9 @@ def _ready(base_folder: str, tenant: str) -> tuple[Any, dict[str, Any]]:
     if tenant not in _kept:
         got = corpus.tenant(tenant)
         _kept[tenant] = {
-            part: encode(read_rows([{"text": d.text} for d in getattr(got, part)]), _kept["base"].tokenizer, max_tokens=TOKENS)
+            part: encode(
+                read_rows([{"text": d.text} for d in getattr(got, part)]), _kept["base"].tokenizer, max_tokens=TOKENS
+            )
             for part in ("train", "valid", "test")
         }
     return _kept["base"], _kept[tenant]
@@ -121,9 +123,14 @@ def run(job: Job) -> dict[str, Any]:
     def score() -> Iterator[dict[str, torch.Tensor]]:
         return held_out(judged, 8, TOKENS, 0)
 
-    zero = _kept.setdefault(("zero", job.tenant, job.split), None) or evaluate(base.model, score, n_bytes, True).bits_per_byte
+    zero = (
+        _kept.setdefault(("zero", job.tenant, job.split), None)
+        or evaluate(base.model, score, n_bytes, True).bits_per_byte
+    )
     _kept["zero", job.tenant, job.split] = zero
-    config = PluresConfig(task_type="CAUSAL_LM", method=job.adapt["method"], options=options, target_modules="all-linear", seed=job.seed)
+    config = PluresConfig(
+        task_type="CAUSAL_LM", method=job.adapt["method"], options=options, target_modules="all-linear", seed=job.seed
+    )
     model = put_on(base.model, config, "default")
     try:
         settings = Settings(job.steps, job.lr, warmup_steps=job.steps // 12, save_every=0, seed=job.seed, autocast=True)
@@ -174,7 +181,7 @@ def search(runs: Runs, contenders: list[Contender], steps: int, base: str) -> di
     while True:
         rows = runs.all([job(c, lr) for c in contenders for lr in grid[c.name]])
         found = {(r["contender"], r["lr"]): r["bits_per_byte"] for r in rows}
-        best = {n: min(rates, key=lambda lr: found[(n, lr)]) for n, rates in grid.items()}  # noqa: B023
+        best = {n: min(rates, key=lambda lr: found[(n, lr)]) for n, rates in grid.items()}
         grown = False
         for n, rates in grid.items():
             if len(rates) < 5 and best[n] in (rates[0], rates[-1]):
@@ -208,9 +215,14 @@ def summarise(rows: list[dict[str, Any]], rates: dict[str, float]) -> dict[str, 
     zero = mean(base.values())
     out = {}
     for n in names:
-        worth = [lora_equivalent([(trained[m], per_seed[m][i]) for m in loras], per_seed[n][i]) for i in range(len(seeds))]
+        worth = [
+            lora_equivalent([(trained[m], per_seed[m][i]) for m in loras], per_seed[n][i]) for i in range(len(seeds))
+        ]
         by_tenant = {
-            t: lora_equivalent([(trained[m], mean(bits[(m, t, s)] for s in seeds)) for m in loras], mean(bits[(n, t, s)] for s in seeds))
+            t: lora_equivalent(
+                [(trained[m], mean(bits[(m, t, s)] for s in seeds)) for m in loras],
+                mean(bits[(n, t, s)] for s in seeds),
+            )
             for t in tenants
         }
         equal = next((m for m in loras if trained[m] == trained[n] and m != n), None)
@@ -245,7 +257,9 @@ def main() -> None:
 
     chosen = [c for c in CONTENDERS if not args.only or any(c.name.startswith(p) for p in args.only.split(","))]
     if args.alpha:
-        chosen = [Contender(c.name, c.adapt | ({} if c.name == "full" else {"alpha": args.alpha}), c.middle) for c in chosen]
+        chosen = [
+            Contender(c.name, c.adapt | ({} if c.name == "full" else {"alpha": args.alpha}), c.middle) for c in chosen
+        ]
     base, wall = args.base or str(BASE), time.time()
     RESULTS.mkdir(exist_ok=True)
     runs = Runs(RESULTS / f"{args.name}.jsonl", args.workers)
@@ -261,7 +275,9 @@ def main() -> None:
     }  # fmt: skip
     write_result(args.name, told)
     for n, row in told["contenders"].items():
-        print(f"{n:24s} {row['trained']:>9,}  {row['bits_per_byte']:.4f} ±{row['sd_over_seeds']:.4f}  {row['lora_parameters_of_equal_quality_over_own']}")
+        print(
+            f"{n:24s} {row['trained']:>9,}  {row['bits_per_byte']:.4f} ±{row['sd_over_seeds']:.4f}  {row['lora_parameters_of_equal_quality_over_own']}"
+        )
 
 
 if __name__ == "__main__":

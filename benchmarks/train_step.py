@@ -68,7 +68,9 @@ class Contender:
 def peak_mb(name: str, shape: str) -> float:
     """Peak resident memory of a fresh process that takes five steps, MB."""
     code = f"import sys; sys.argv=['x','--only','{name}','--shape','{shape}']; import train_step; train_step.main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     return float(done.stdout.strip().splitlines()[-1])
 
 

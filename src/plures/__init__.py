@@ -31,15 +31,15 @@ _WHERE = {
 __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
-    from plures.adapt import adapts
-    from plures.bridges.peft import PluresConfig, config_for
-    from plures.core.errors import BadInput, PluresError, WrongUse
-    from plures.flows.fleet import Fleet, FleetVariant
-    from plures.flows.recipes import TrainRecipe
-    from plures.flows.train import train
-    from plures.store import Store, Version
-    from plures.tensors.site import Site
-    from plures.tensors.variant import BaseRef, Variant
+    from plures.adapt import adapts as adapts
+    from plures.bridges.peft import PluresConfig as PluresConfig, config_for as config_for
+    from plures.core.errors import BadInput as BadInput, PluresError as PluresError, WrongUse as WrongUse
+    from plures.flows.fleet import Fleet as Fleet, FleetVariant as FleetVariant
+    from plures.flows.recipes import TrainRecipe as TrainRecipe
+    from plures.flows.train import train as train
+    from plures.store import Store as Store, Version as Version
+    from plures.tensors.site import Site as Site
+    from plures.tensors.variant import BaseRef as BaseRef, Variant as Variant
 
 
 def __getattr__(name: str) -> Any:

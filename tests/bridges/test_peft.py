@@ -51,8 +51,8 @@ def base(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> 
 
 def config(method: str, **settings: Any) -> PluresConfig:
     """A config that is no identity, so that every test sees the adapter's effect."""
-    options = OPTIONS.get(method, {})
-    return config_for(method, **{"target_modules": TARGETS, "init_weights": False, "task_type": "CAUSAL_LM", **options, **settings})
+    usual = {"target_modules": TARGETS, "init_weights": False, "task_type": "CAUSAL_LM", **OPTIONS.get(method, {})}
+    return config_for(method, **{**usual, **settings})
 
 
 def adapted(method: str, adapter: str = "default", **settings: Any) -> PeftModel:
@@ -117,7 +117,8 @@ def test_equal_seeds_give_equal_tensors_whatever_the_order_of_modules(method: st
 
     def drawn(order: Sequence[str], seed: int) -> dict[str, Tensor]:
         settings = {"target_modules": r"[ab]\.\d", "seed": seed, "task_type": None}
-        return {k: v for k, v in get_peft_model(Turned(order), config(method, **settings)).state_dict().items() if "plures" in k}
+        model = get_peft_model(Turned(order), config(method, **settings))
+        return {k: v for k, v in model.state_dict().items() if "plures" in k}
 
     one, two, other = drawn("ab", 0), drawn("ba", 0), drawn("ab", 1)
     assert one.keys() == two.keys()
@@ -242,7 +243,7 @@ def test_config_round_trip(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rr": 3}, "'rr' is neither an option of mos nor a setting.*Did you mean 'r'|'rr' is neither"),
+        ({"rr": 3}, "'rr' is neither an option of mos nor a setting of its PEFT config"),
         ({"target_module": ["q_proj"]}, "Did you mean 'target_modules'"),
         ({"alhpa": 3.0}, "Did you mean 'alpha'"),
         ({"r": "many"}, "mos.r must be int"),
@@ -297,8 +298,8 @@ def test_a_target_that_is_no_linear_map_is_refused() -> None:
 
 
 def test_the_output_of_torchs_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match="MultiheadAttention.*no effect"):
-        get_peft_model(nn.Sequential(nn.MultiheadAttention(16, 2)), config("lora", target_modules=["out_proj"], task_type=None))
+    with pytest.raises(ValueError, match=r"MultiheadAttention.*no effect"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(16, 2)), config("lora", target_modules=["out_proj"]))
 
 
 def test_a_failed_injection_leaves_no_trace() -> None:
@@ -349,7 +350,8 @@ def test_layers_of_one_type_and_several_shapes(method: str) -> None:
 
     torch.manual_seed(0)
     tower, x = Tower(), torch.randn(3, 16)
-    model = get_peft_model(tower, config(method, target_modules=r"up\.\d", task_type=None, **({"p": 0} if method == "mos" else {})))
+    settings = {"target_modules": r"up\.\d", "task_type": None}
+    model = get_peft_model(tower, config(method, **settings))
     y = model(x)
     y.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -432,7 +434,7 @@ def test_trl_can_copy_a_policy_into_its_reference(method: str) -> None:
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.requires_grad):
             p.add_(torch.randn_like(p), alpha=0.1)
-    model.add_adapter("ref", config(method, **{}))
+    model.add_adapter("ref", config(method))
     parameters = dict(model.named_parameters())
     for name in (n for n in parameters if ".default." in n):
         parameters[name.replace(".default.", ".ref.")].data.copy_(parameters[name].data)
@@ -582,13 +584,16 @@ def summed(model: PeftModel, parts: dict[str, float]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for adapter, weight in parts.items():
         for name, layer in sites(model, adapter).items():
-            own, pool = ({k: t.double() if t.is_floating_point() else t for k, t in room.items()} for room in layer.tensors(adapter))
+            rooms = layer.tensors(adapter)
+            own, pool = ({k: t.double() if t.is_floating_point() else t for k, t in room.items()} for room in rooms)
             W = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
             out[name] = out.get(name, 0) + weight * layer.methods[adapter].weight(W, own, pool).detach()
     return out
 
 
-@pytest.mark.parametrize("parts", [{"mos": 1.0, "lora": -0.5}, {"vera": 2.0, "mos": 0.25}, {"full": 1.0, "lora": 3.0}, {"mos": -1.0}])
+@pytest.mark.parametrize(
+    "parts", [{"mos": 1.0, "lora": -0.5}, {"vera": 2.0, "mos": 0.25}, {"full": 1.0, "lora": 3.0}, {"mos": -1.0}]
+)
 def test_a_weighted_sum_is_exact(parts: dict[str, float], tmp_path: Path) -> None:
     model = crowd()
     model.add_weighted_adapter(list(parts), list(parts.values()), "sum")
@@ -634,11 +639,11 @@ def test_sums_without_meaning_are_refused() -> None:
 
 def test_the_delta_of_mos_is_the_papers_formula(tmp_path: Path) -> None:
     """From the file alone, in float64 numpy: A and B join rows i::l of the picked shards along the features."""
-    model = adapted("mos")
+    model = adapted("mos", r=3)
     model.save_pretrained(tmp_path)
     stored = {k: v.double().numpy() for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
     options = {"alpha": 16.0, **PeftConfig.from_pretrained(tmp_path).options}
-    r, l = options["r"], options["l"]  # noqa: E741
+    r, l = options["r"], options["l"]
     for kind in TARGETS:
         keys = sorted(k for k in stored if f".{kind}.plures_own.index" in k)
         (pool_a,) = (v for k, v in stored.items() if f".{kind}.plures_pool.A" in k)
@@ -653,14 +658,16 @@ def test_the_delta_of_mos_is_the_papers_formula(tmp_path: Path) -> None:
             A, B = factors
             assert A.shape[0] == B.shape[0] == r
             layer = sites(model)[key.removeprefix("base_model.model.").removesuffix(".plures_own.index")]
-            np.testing.assert_allclose(layer.get_delta_weight("default").detach().numpy(), options["alpha"] / r * B.T @ A, atol=1e-6)
+            got = layer.get_delta_weight("default").detach().numpy()
+            np.testing.assert_allclose(got, options["alpha"] / r * B.T @ A, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", LOW_RANK)
 def test_exported_factors_in_pefts_own_lora_give_the_same_logits(method: str) -> None:
     model = adapted(method)
     rank = next(iter(sites(model).values())).methods["default"].r
-    lora = get_peft_model(base(), LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False)).eval()
+    plain = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False)
+    lora = get_peft_model(base(), plain).eval()
     with torch.no_grad():
         for name, layer in sites(model).items():
             B, A = layer.methods["default"].factors(*layer.tensors("default"))

@@ -127,13 +127,11 @@ def test_a_plug_in_joins_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None
     assert "plug" not in Folder("plures.core", "core")  # another group
 
 
-@pytest.mark.xfail(strict=True, reason="Folder.cards takes a plug-in's name from its module, not from its entry point")
 def test_a_plug_ins_card_has_the_name_it_is_asked_for_by(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, Entry("plug", Plug))
     assert "plug" in {c.name for c in adapts.cards()}
 
 
-@pytest.mark.xfail(strict=True, reason="folder._scalar reads float('10') and int(float('8')): text passes for a number")
 @pytest.mark.parametrize("options", [{"r": "8"}, {"alpha": "10"}, {"alpha": float("nan")}])
 def test_make_takes_no_text_and_no_nan_for_a_number(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeErrors):

@@ -25,7 +25,9 @@ class Laid:
     def trained(self, frozen: frozenset[str]) -> int:
         """Numbers that train: floating tensors whose leaf is not `frozen`."""
         rooms = [*self.own.values(), *self.pool.values()]
-        return sum(t.numel() for leaves in rooms for k, t in leaves.items() if t.is_floating_point() and k not in frozen)
+        return sum(
+            t.numel() for leaves in rooms for k, t in leaves.items() if t.is_floating_point() and k not in frozen
+        )
 
 
 def lay(method: Adapter, sites: Sequence[Site], seed: int) -> Laid:
@@ -36,9 +38,7 @@ def lay(method: Adapter, sites: Sequence[Site], seed: int) -> Laid:
     name = type(method).card.name  # type: ignore[attr-defined]
     group_of = {s.name: method.group(s) for s in sites}
     groups = grouped(sites, group_of)
-    pools = {
-        g: dict(method.pool(members, rng(seed, name, "pool", g))) if g else {} for g, members in groups.items()
-    }
+    pools = {g: dict(method.pool(members, rng(seed, name, "pool", g))) if g else {} for g, members in groups.items()}
     placed = [s for members in groups.values() for s in members]
     own = {s.name: dict(method.own(s, pools[group_of[s.name]], rng(seed, name, "own", s.name))) for s in placed}
     return Laid(tuple(placed), group_of, own, {g: p for g, p in pools.items() if p})

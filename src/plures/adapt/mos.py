@@ -56,7 +56,7 @@ class Mos:
 
     r: int = 16
     e: float = 2
-    l: int = 4  # noqa: E741  (the paper's symbol)
+    l: int = 4
     p: int = 1
     alpha: float = 16.0
     subset: bool = True
@@ -87,7 +87,9 @@ class Mos:
         """Public and private pool rows of a group of `depth` sites."""
         vectors = self.e * depth
         if vectors != int(vectors):
-            raise WrongUse(f"mos.e = {self.e} times {depth} layers is {vectors:g} vectors; choose e so that e * {depth} is whole")
+            raise WrongUse(
+                f"mos.e = {self.e} times {depth} layers is {vectors:g} vectors; choose e so that e * {depth} is whole"
+            )
         private = self.p * depth * self.l
         return int(vectors) * self.l - private, private
 
@@ -101,8 +103,8 @@ class Mos:
         public, private = self._rows(len(sites))
         if self.subset and (self.r - self.p) * self.l > public:
             most = public // self.l + self.p
-            raise WrongUse(f"mos.r = {self.r} is larger than the pool: {len(sites)} layers at e = {self.e:g}, p = {self.p} hold "
-                           f"{public // self.l} public vectors, so r is at most {most}; lower r or p, or raise e")  # fmt: skip
+            raise WrongUse(f"mos.r = {self.r} is larger than the pool: {len(sites)} layers at e = {self.e:g}, p = {self.p} "
+                           f"hold {public // self.l} public vectors, so r is at most {most}; lower r or p, or raise e")  # fmt: skip
         return {
             "A": uniform(rng, (public + private, site.into // self.l), site.into**-0.5),
             "B": torch.zeros(public + private, site.out // self.l),
@@ -163,8 +165,8 @@ class Mos:
         variants that share a pool share these products; for one variant the gather is cheaper.
         """
         index = own["index"].long()
-        l, rank = self.l, index.shape[1] // self.l  # noqa: E741
-        parts = x.unflatten(-1, (l, -1)) @ pool["A"].T.to(x.dtype)  # [..., l, rows]
+        l, rank = self.l, index.shape[1] // self.l
+        parts = x.reshape(*x.shape[:-1], l, -1) @ pool["A"].T.to(x.dtype)  # [..., l, rows]
         picks = index[0].view(rank, l).T.expand(*parts.shape[:-2], l, rank)
         h = parts.gather(-1, picks).sum(-2) * (self.alpha / rank)  # [..., rank]
         if "scale" in own:

@@ -19,7 +19,7 @@ from plures.tensors.site import Site, Tensors
     paper="arXiv:2310.11454",
     title="VeRA: Vector-based Random Matrix Adaptation",
     status="stable",
-    when="The smallest variants (r + out numbers a site) where the task is near the base; needs a large r and learning rate.",
+    when="The smallest variants (r + out numbers a site), for tasks near the base; needs a large r and learning rate.",
 )
 @dataclass(frozen=True)
 class Vera:

@@ -143,7 +143,9 @@ def merge_into(model: Any, variant: Variant) -> Any:
         transposed = type(module).__name__ == "Conv1D"
         W = module.weight.data.T if transposed else module.weight.data
         if tuple(W.shape) != (site.out, site.into):
-            raise BadInput(f"the variant is of another base: {site.name!r} is {list(W.shape)} here, not {[site.out, site.into]}")
+            raise BadInput(
+                f"the variant is of another base: {site.name!r} is {list(W.shape)} here, not {[site.out, site.into]}"
+            )
         own, pool = _floats(variant.own[site.name]), _floats(variant.pool.get(variant.group_of[site.name], {}))
         merged = method.weight(W.float(), own, pool).to(W.dtype)
         module.weight.data = merged.T.contiguous() if transposed else merged
@@ -222,7 +224,12 @@ def _common_config(variant: Variant) -> dict[str, Any]:
 
 
 def _plures_config(variant: Variant) -> dict[str, Any]:
-    own = {"peft_type": "PLURES", "method": variant.method, "options": dict(variant.options), "format_version": FORMAT_VERSION}
+    own = {
+        "peft_type": "PLURES",
+        "method": variant.method,
+        "options": dict(variant.options),
+        "format_version": FORMAT_VERSION,
+    }
     return _common_config(variant) | own
 
 
@@ -249,7 +256,9 @@ def model_card(variant: Variant, name: str = "") -> str:
         "\nPlain PEFT cannot load this folder without `import plures`. `plures export --as lora` writes one that needs "
         "nothing of ours.\n"
     )  # fmt: skip
-    facts = "\n".join(f"- {k}: {json.dumps(v, default=str)}" for k, v in sorted(variant.provenance.items()) if k != "recipe")
+    facts = "\n".join(
+        f"- {k}: {json.dumps(v, default=str)}" for k, v in sorted(variant.provenance.items()) if k != "recipe"
+    )
     return (
         f"---\nbase_model: {variant.base.name}\nlibrary_name: peft\ntags:\n- plures\n- {variant.method}\n---\n\n"
         f"# {name or 'A variant'}\n\nMethod `{variant.method}` ({options}) on `{variant.base.name}`.\n\n"
@@ -312,7 +321,9 @@ def _check_hashes(folder: Path, tensors: Mapping[str, Tensor], want: Mapping[str
         raise BadInput(f"{str(folder / WEIGHTS)!r} {word} tensor {which[0]!r} ({len(which)} in all)")
     for name, t in tensors.items():
         if safe.tensor_hash(t) != want[name]:
-            raise BadInput(f"{str(folder / WEIGHTS)!r}: tensor {name!r} is not the one {MANIFEST} names (damaged or edited)")
+            raise BadInput(
+                f"{str(folder / WEIGHTS)!r}: tensor {name!r} is not the one {MANIFEST} names (damaged or edited)"
+            )
 
 
 def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes) -> Variant:
@@ -335,7 +346,9 @@ def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     group_of = {s.name: method.group(s) for s in bare}
     sites = tuple(s for members in grouped(bare, group_of).values() for s in members)
     pool = {group_of[s]: leaves for s, leaves in held.items()}
-    return Variant(name, options, BaseRef(str(config.get("base_model_name_or_path"))), sites, group_of, own, pool, extra)
+    return Variant(
+        name, options, BaseRef(str(config.get("base_model_name_or_path"))), sites, group_of, own, pool, extra
+    )
 
 
 _NOT_LORA = {"use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens": "aLoRA", "target_parameters": "targets of single parameters",
@@ -346,7 +359,9 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     """A plain PEFT LoRA; rank and alpha patterns are folded into B, so that one scale serves all sites."""
     for key, word in _NOT_LORA.items():
         if config.get(key):
-            raise BadInput(f"{str(folder)!r} uses {word} ({key}), which is no plain LoRA; merge it into the base with PEFT")
+            raise BadInput(
+                f"{str(folder)!r} uses {word} ({key}), which is no plain LoRA; merge it into the base with PEFT"
+            )
     if config.get("bias", "none") != "none":
         raise BadInput(f"{str(folder)!r} trains biases (bias={config['bias']!r}), which a plain LoRA does not hold; "
                        "merge it into the base with PEFT")  # fmt: skip
@@ -370,7 +385,9 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     for site, leaves in own.items():
         rank = int(_by_pattern(ranks, site, r))
         if leaves["A"].shape[0] != rank or leaves["B"].shape[1] != rank:
-            raise BadInput(f"{str(folder)!r}: the factors of {site!r} have rank {leaves['A'].shape[0]}, its config says {rank}")
+            raise BadInput(
+                f"{str(folder)!r}: the factors of {site!r} have rank {leaves['A'].shape[0]}, its config says {rank}"
+            )
         scale = float(_by_pattern(alphas, site, alpha)) / (rank**0.5 if method.rslora else rank)
         if scale != method.scale:
             leaves["B"] = leaves["B"] * (scale / method.scale)
@@ -405,7 +422,9 @@ def check_tensors(variant: Variant, where: str) -> None:
             mine, theirs = have.get(owner, {}), want.get(owner, {})
             for leaf in sorted({*mine, *theirs}):
                 if leaf not in mine or leaf not in theirs:
-                    raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} is {'missing' if leaf not in mine else 'unknown'}")
+                    raise BadInput(
+                        f"{where}: {room} tensor {leaf!r} of {owner!r} is {'missing' if leaf not in mine else 'unknown'}"
+                    )
                 free = variant.method == "lora"  # an imported LoRA may vary its rank by site
                 if mine[leaf].ndim != theirs[leaf].ndim or (not free and mine[leaf].shape != theirs[leaf].shape):
                     raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} is {list(mine[leaf].shape)}, "

@@ -16,7 +16,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing("tensorboard", "track", "tracking with TensorBoard") from error
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder))
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         if kind in ("step", "eval"):

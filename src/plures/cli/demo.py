@@ -14,7 +14,9 @@ def command(
     tenants: Annotated[str, typer.Option(help="Tenants, comma-separated; none: three of them; 'all': every one.")] = "",
     seeds: Annotated[int, typer.Option(help="Repeat with so many seeds.")] = 1,
     steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 120,
-    workers: Annotated[int, typer.Option(help="Variants trained at once; 0: as many as there are cores, at most 4.")] = 0,
+    workers: Annotated[
+        int, typer.Option(help="Variants trained at once; 0: as many as there are cores, at most 4.")
+    ] = 0,
     json: JsonOption = False,
 ) -> None:
     """Train a small fleet with MoS and LoRA on real text, score it, and write one page."""

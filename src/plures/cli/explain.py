@@ -20,13 +20,10 @@ def command(
     from plures.core.folder import options_of
     from plures.flows.capabilities import folders
 
-    for kind, folder in folders().items():
-        if name in folder:
-            cls = folder[name]
-            break
-    else:
-        known = [n for f in folders().values() for n in f]
-        raise WrongUse(f"nothing is called {name!r}.{nearest(name, known)} There are: {', '.join(sorted(known))}")
+    where = {n: kind for kind, folder in folders().items() for n in folder}
+    if name not in where:
+        raise WrongUse(f"nothing is called {name!r}.{nearest(name, where)} There are: {', '.join(sorted(where))}")
+    kind, cls = where[name], folders()[where[name]][name]
     options = {k: {"type": t, "default": d, "help": h} for k, (t, d, h) in options_of(cls).items()}
     card = cls.card  # type: ignore[attr-defined]
     if json:

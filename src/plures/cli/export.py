@@ -12,7 +12,9 @@ from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
 def command(
     ref: Annotated[str, typer.Argument(help="name, name@3 or name@alias.")],
     out: Annotated[str, typer.Argument(help="A new folder.")],
-    form: Annotated[str, typer.Option("--as", help="peft (as it is), lora (plain LoRA, any server), merged (a whole model).")] = "peft",
+    form: Annotated[
+        str, typer.Option("--as", help="peft (as it is), lora (plain LoRA, any server), merged (a whole model).")
+    ] = "peft",
     fleet: FleetOption = "",
     json: JsonOption = False,
 ) -> None:
@@ -23,6 +25,13 @@ def command(
         variant = opened[ref]
         folder = variant.export(out, form)  # type: ignore[arg-type]
     if json:
-        say_json({"ref": variant.version.ref, "form": form, "folder": str(folder), "files": sorted(p.name for p in folder.iterdir())})
+        say_json(
+            {
+                "ref": variant.version.ref,
+                "form": form,
+                "folder": str(folder),
+                "files": sorted(p.name for p in folder.iterdir()),
+            }
+        )
     else:
         typer.echo(f"{variant.version.ref} as {form} in {folder}")

@@ -26,6 +26,6 @@ def command(
         for problem in report.problems:
             typer.echo(problem)
         typer.echo(f"{'clean' if not report.problems else f'{len(report.problems)} problems'}; "
-                   f"{len(report.orphans)} reclaimable files (plures gc)")  # fmt: skip
+                   f"{len(report.reclaimable)} reclaimable files (plures gc)")  # fmt: skip
     if report.problems:
         raise BarNotMet(f"the fleet is damaged: {len(report.problems)} problems")

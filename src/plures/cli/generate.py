@@ -29,7 +29,12 @@ def command(
         asked: list[tuple[str | None, str]] = [(None if r == "base" else r, text) for r in ref]
         answers = opened.generate(asked, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if json:
-        say_json([{"ref": r, "text": a.text, "finish": a.finish, "tokens": len(a.ids)} for r, a in zip(ref, answers, strict=True)])
+        say_json(
+            [
+                {"ref": r, "text": a.text, "finish": a.finish, "tokens": len(a.ids)}
+                for r, a in zip(ref, answers, strict=True)
+            ]
+        )
         return
     for r, answer in zip(ref, answers, strict=True):
         if len(ref) > 1:

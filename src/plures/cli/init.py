@@ -26,4 +26,6 @@ def command(
     if json:
         say_json({"fleet": path, "base": ref.name, "revision": ref.revision, "hash": ref.hash})
     else:
-        typer.echo(f"{path}: a fleet of {ref.name} ({ref.hash[:12]}). Next: plures train fleet={path} name=… data.train=…")
+        typer.echo(
+            f"{path}: a fleet of {ref.name} ({ref.hash[:12]}). Next: plures train fleet={path} name=… data.train=…"
+        )

@@ -11,7 +11,7 @@ from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json, tab
 
 def command(
     name: Annotated[str, typer.Argument(help="Only this variant; none: all.")] = "",
-    all: Annotated[bool, typer.Option("--all", help="Every version, not only the latest.")] = False,  # noqa: A002
+    all: Annotated[bool, typer.Option("--all", help="Every version, not only the latest.")] = False,
     fleet: FleetOption = "",
     json: JsonOption = False,
 ) -> None:

@@ -16,8 +16,8 @@ class Console:
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "start":
-            self._line(f"{fields['name']}: {fields['method']}, {fields['trained']:,} trained numbers, {fields['rows']} rows, "
-                       f"{fields['steps']} steps")  # fmt: skip
+            self._line(f"{fields['name']}: {fields['method']}, {fields['trained']:,} trained numbers, "
+                       f"{fields['rows']} rows, {fields['steps']} steps")  # fmt: skip
         elif kind == "resume":
             self._line(f"resumed at step {fields['step']}")
         elif kind == "step":

@@ -11,7 +11,7 @@ from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
 
 def command(
     ref: Annotated[str, typer.Argument(help="name@3 or name@alias; with --all a bare name.")],
-    all: Annotated[bool, typer.Option("--all", help="Every version of the name.")] = False,  # noqa: A002
+    all: Annotated[bool, typer.Option("--all", help="Every version of the name.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also where an alias points at it.")] = False,
     fleet: FleetOption = "",
     json: JsonOption = False,

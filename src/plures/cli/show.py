@@ -25,7 +25,9 @@ def command(
     typer.echo(f"{version.ref}  {version.identity}")
     typer.echo(f"method   {version.method} {dict(version.options)}")
     typer.echo(f"aliases  {', '.join(version.aliases) or '-'}")
-    typer.echo(f"size     {version.n_bytes:,} bytes, {version.trained if version.trained is not None else '?'} trained numbers")
+    typer.echo(
+        f"size     {version.n_bytes:,} bytes, {version.trained if version.trained is not None else '?'} trained numbers"
+    )
     typer.echo(f"created  {version.created}")
     for score in scores:
         typer.echo(f"score    {score.metric} {score.value:.6g} on {score.dataset}")

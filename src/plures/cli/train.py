@@ -10,7 +10,9 @@ from plures.cli.output import JsonOption, say_json
 
 
 def command(
-    recipe: Annotated[list[str], typer.Argument(help="recipe.yaml and overrides key=value, in any order; or only overrides.")],
+    recipe: Annotated[
+        list[str], typer.Argument(help="recipe.yaml and overrides key=value, in any order; or only overrides.")
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print recipe, sites and costs; load no weights.")] = False,
     json: JsonOption = False,
@@ -25,7 +27,7 @@ def command(
     files = [r for r in recipe if "=" not in r]
     if len(files) > 1:
         raise WrongUse(f"one recipe at a time, got {', '.join(map(repr, files))}; overrides are written key=value")
-    source = Path(files[0]) if files else {}
+    source: Path | dict[str, object] = Path(files[0]) if files else {}
     loaded = load(TrainRecipe, source, [r for r in recipe if "=" in r], where=files[0] if files else "train")
     from plures.flows import train as flow
 

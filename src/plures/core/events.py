@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from plures.core.errors import BadInput
 
 Sink = Callable[[str, dict[str, Any]], None]
 
@@ -50,7 +53,8 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"t": round(time.time(), 3), "kind": kind, **fields}, default=str) + "\n")
+        row = {"t": round(time.time(), 3), "kind": kind, **fields}
+        self._file.write(json.dumps({k: _finite(v) for k, v in row.items()}, default=str, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -58,14 +62,23 @@ class JsonLines:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run so far; a torn last line is left out."""
+    """The events of a run so far; a last line that is being written, or was torn by a kill, is left out.
+
+    Raises: BadInput for any other line that is no JSON.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     out = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, 1):
         try:
             out.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{str(path)!r}, line {number}: not a JSON event ({error.msg})") from error
     return out
+
+
+def _finite(value: Any) -> Any:
+    """`value` as JSON has it: an infinite or undefined number becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -51,7 +52,14 @@ def method(*, paper: str, title: str, status: Status = "trial", when: str = "") 
         assert is_dataclass(cls) and params is not None and params.frozen, f"{cls.__name__} must be a frozen dataclass"
         module = cls.__module__
         cls.card = Card(  # type: ignore[attr-defined]
-            module.rpartition(".")[2], module.rpartition(".")[0], title, paper, first_line(cls.__doc__), status, when, module
+            module.rpartition(".")[2],
+            module.rpartition(".")[0],
+            title,
+            paper,
+            first_line(cls.__doc__),
+            status,
+            when,
+            module,
         )
         return cls
 
@@ -86,7 +94,11 @@ def options_of(cls: type) -> dict[str, tuple[str, Any, str]]:
     out = {}
     for f in fields(cls):
         kind = hints[f.name]
-        words = " | ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
+        words = (
+            " | ".join(map(repr, get_args(kind)))
+            if get_origin(kind) is Literal
+            else getattr(kind, "__name__", str(kind))
+        )
         out[f.name] = (words, None if f.default is MISSING else f.default, text.get(f.name, ""))
     return out
 
@@ -121,7 +133,11 @@ class Folder(Mapping[str, type]):
     def __getitem__(self, name: str) -> type:
         if name in self._modules():
             module = importlib.import_module(f"{self.package}.{name}")
-            found = [c for c in vars(module).values() if isinstance(c, type) and "card" in vars(c) and c.__module__ == module.__name__]
+            found = [
+                c
+                for c in vars(module).values()
+                if isinstance(c, type) and "card" in vars(c) and c.__module__ == module.__name__
+            ]
             assert len(found) == 1, f"{module.__name__} must hold exactly one @method class, found {len(found)}"
             return found[0]
         plugins = self._plugins()
@@ -155,28 +171,31 @@ class Folder(Mapping[str, type]):
     def cards(self) -> list[Card]:
         """All methods' cards; the files are parsed, not imported."""
         own = [_card_from_source(self._path() / f"{name}.py", name, self.package) for name in self._modules()]
-        return own + [self[name].card for name in self._plugins()]  # type: ignore[attr-defined]
+        others = sorted(set(self._plugins()) - set(self._modules()))
+        return own + [replace(self[n].card, name=n, kind=self.package) for n in others]  # type: ignore[attr-defined]
 
 
 def _scalar(value: Any, kind: Any) -> Any:
     """`value` as the scalar type `kind`, without loss; ValueError or TypeError otherwise."""
     if get_origin(kind) is Literal:
-        if value in get_args(kind):
+        if any(value == v and type(value) is type(v) for v in get_args(kind)):
             return value
         raise ValueError
     if kind is bool:
         if isinstance(value, bool):
             return value
         raise TypeError
-    if isinstance(value, bool):
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)[0]
+        return tuple(_scalar(v, inner) for v in value) if isinstance(value, list | tuple) else _scalar(None, inner)
+    if isinstance(value, bool) or (kind is str) != isinstance(value, str):
         raise TypeError
-    if kind is int and (isinstance(value, int) or float(value).is_integer()):
-        return int(value)
-    if kind is float:
-        return float(value)
-    if kind is str and isinstance(value, str):
+    if kind is str:
         return value
-    raise TypeError
+    number = float(value)
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError
+    return int(number) if kind is int else number
 
 
 def _card_from_source(path: Path, name: str, package: str) -> Card:

@@ -8,7 +8,7 @@ import math
 def si_bytes(n: float) -> str:
     """`1536` -> `1.5 KB` (powers of 1000, as disks are sold and `ls --si` prints)."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(n) < 1000 or unit == "TB":
+        if abs(n) < 999.95 or unit == "TB":
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     raise AssertionError

@@ -77,7 +77,9 @@ def write_page(path: Path, told: dict[str, Any], curves: Curves) -> Path:
     """Write the page of a demo and return its path."""
     names = [n for n in COLOURS if n in told["summary"]["trained"]]
     cells = {
-        t: {n: mean(r["bits_per_byte"] for r in told["rows"] if r["tenant"] == t and r["contender"] == n) for n in names}
+        t: {
+            n: mean(r["bits_per_byte"] for r in told["rows"] if r["tenant"] == t and r["contender"] == n) for n in names
+        }
         for t in told["tenants"]
     }
     environment = Environment(autoescape=True)

@@ -101,7 +101,9 @@ def write_tenant(name: str, folder: Path) -> corpus.Tenant:
     return got
 
 
-def run(out: str, tenants: str = "", seeds: int = 1, steps: int = 120, workers: int = 0, quiet: bool = False) -> dict[str, Any]:
+def run(
+    out: str, tenants: str = "", seeds: int = 1, steps: int = 120, workers: int = 0, quiet: bool = False
+) -> dict[str, Any]:
     """Run the whole demo into folder `out` (made anew) and return what was measured.
 
     Raises: WrongUse where `out` holds something that is not an earlier demo.
@@ -116,10 +118,18 @@ def run(out: str, tenants: str = "", seeds: int = 1, steps: int = 120, workers: 
     fleet_path = folder / "demo.fleet"
     repeated = {n: write_tenant(n, folder / "data" / n).repeated_share for n in names}
     with Fleet(fleet_path, base=str(BASE)) as fleet:
-        jobs = [Job(str(fleet_path), n, c, s, steps, str(folder / "data" / n)) for s in range(seeds) for n in names for c in CONTENDERS]
+        jobs = [
+            Job(str(fleet_path), n, c, s, steps, str(folder / "data" / n))
+            for s in range(seeds)
+            for n in names
+            for c in CONTENDERS
+        ]
         say(f"training {len(jobs)} variants of {steps} steps each …")
         rows = _train_all(jobs, workers, say)
-        base_bits = {n: fleet.score(None, str(folder / "data" / n / "test.jsonl"), max_tokens=WINDOW_TOKENS).bits_per_byte for n in names}
+        base_bits = {
+            n: fleet.score(None, str(folder / "data" / n / "test.jsonl"), max_tokens=WINDOW_TOKENS).bits_per_byte
+            for n in names
+        }
         told: dict[str, Any] = {
             "tenants": names, "seeds": seeds, "steps": steps, "base_bits_per_byte": base_bits, "rows": rows,
             "repeated_share": repeated, "summary": summarise(rows, base_bits),
@@ -164,7 +174,9 @@ def _train_all(jobs: list[Job], workers: int, say: Callable[[str], None]) -> lis
         for done in as_completed([pool.submit(train_one, job) for job in jobs]):
             row = done.result()
             rows.append(row)
-            say(f"  {row['ref']:24s} {row['trained']:>8,} numbers  {row['bits_per_byte']:.4f} bits/byte  {row['cpu_s']:5.1f} CPU s")
+            say(
+                f"  {row['ref']:24s} {row['trained']:>8,} numbers  {row['bits_per_byte']:.4f} bits/byte  {row['cpu_s']:5.1f} CPU s"
+            )
     return sorted(rows, key=lambda r: (r["seed"], r["tenant"], r["contender"]))
 
 
@@ -191,8 +203,13 @@ def _table(told: dict[str, Any]) -> str:
     lines = ["held-out bits per byte (less is better)", f"{'':10s}{'base':>10s}" + "".join(f"{n:>12s}" for n in names)]
     lines.append(f"{'trained':10s}{0:>10,}" + "".join(f"{trained[n]:>12,}" for n in names))
     for tenant in told["tenants"]:
-        row = {n: mean(r["bits_per_byte"] for r in told["rows"] if r["tenant"] == tenant and r["contender"] == n) for n in names}
-        lines.append(f"{tenant:10s}{told['base_bits_per_byte'][tenant]:>10.4f}" + "".join(f"{row[n]:>12.4f}" for n in names))
+        row = {
+            n: mean(r["bits_per_byte"] for r in told["rows"] if r["tenant"] == tenant and r["contender"] == n)
+            for n in names
+        }
+        lines.append(
+            f"{tenant:10s}{told['base_bits_per_byte'][tenant]:>10.4f}" + "".join(f"{row[n]:>12.4f}" for n in names)
+        )
     means = told["summary"]["mean_bits_per_byte"]
     lines.append(f"{'mean':10s}{means['base']:>10.4f}" + "".join(f"{means[n]:>12.4f}" for n in names))
     gain, behind = told["summary"]["mos_gain_at_equal_parameters"], told["summary"]["mos_behind_lora_of_8x"]
@@ -226,9 +243,9 @@ def _curve(run: Path) -> list[tuple[int, float]]:
 def _farewell(fleet: Path, names: list[str], lora: Path, page: Path, told: dict[str, Any]) -> str:
     n = names[0]
     return f"""
-{len(told['rows'])} variants are in {fleet} ({told['usage']['bytes']:,} bytes, fsck clean: {not told['fsck']}); {n}'s is also
+{len(told["rows"])} variants are in {fleet} ({told["usage"]["bytes"]:,} bytes, fsck clean: {not told["fsck"]}); {n}'s is also
 exported as plain LoRA in {lora}. The page with the curves: {page}
-That took {told['seconds']:.0f} s. Look around (plures is in .venv/bin):
+That took {told["seconds"]:.0f} s. Look around (plures is in .venv/bin):
   plures list --fleet {fleet}
   plures generate {n}-mos-e1@prod base -p 'def main(' --fleet {fleet}
 Now your own model and data:

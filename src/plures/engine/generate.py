@@ -85,12 +85,14 @@ class Session:
             if not ids:
                 raise WrongUse(f"prompt {prompt!r} is empty: it has no tokens")
             if len(ids) + how.max_tokens > room:
-                raise WrongUse(f"a prompt of {len(ids)} tokens and {how.max_tokens} new ones do not fit the context of {room}")
+                raise WrongUse(
+                    f"a prompt of {len(ids)} tokens and {how.max_tokens} new ones do not fit the context of {room}"
+                )
         tokenizer: Any = self.base.tokenizer
         end = tokenizer.eos_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or 0)
         width = max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=self.base.model.device)
+        padded = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=self.base.model.device)
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.base.model.device)
         extra: dict[str, Any] = {"adapter_names": list(slots)} if isinstance(self.model, PeftModel) else {}
         if how.temperature:
@@ -99,7 +101,7 @@ class Session:
             extra |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         with _drawing(how.seed):
             out = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=how.max_tokens, pad_token_id=pad, **extra
+                input_ids=padded, attention_mask=mask, max_new_tokens=how.max_tokens, pad_token_id=pad, **extra
             )
         return [self._completion(row[width:].tolist(), end) for row in out]
 

@@ -128,7 +128,10 @@ class Trainer:
         if not self.trained:
             raise WrongUse("nothing to train: no parameter requires a gradient")
         self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+            self.trained.values(),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
         )
         self.step, self.best, self.best_step, self.bad_evals = 0, math.inf, -1, 0
 
@@ -154,10 +157,14 @@ class Trainer:
             return False
         tensors, meta = safe.read(self.checkpoint), safe.metadata(self.checkpoint)
         if {k[2:] for k in tensors if k.startswith("p/")} != set(self.trained):
-            raise BadInput(f"{str(self.checkpoint)!r} is the checkpoint of another method or base; remove the run to begin anew")
+            raise BadInput(
+                f"{str(self.checkpoint)!r} is the checkpoint of another method or base; remove the run to begin anew"
+            )
         for name, p in self.trained.items():
             p.data.copy_(tensors[f"p/{name}"])
-            state = {k.split("/", 2)[1]: t for k, t in tensors.items() if k.startswith("o/") and k.split("/", 2)[2] == name}
+            state = {
+                k.split("/", 2)[1]: t for k, t in tensors.items() if k.startswith("o/") and k.split("/", 2)[2] == name
+            }
             if state:
                 self.optimizer.state[p] = {k: t.clone() for k, t in state.items()}
         progress = json.loads(meta["progress"])
@@ -183,7 +190,9 @@ class Trainer:
                 nats += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip or math.inf).item()
         if not math.isfinite(nats) or not math.isfinite(norm):
-            raise BadInput(f"the loss is not finite at step {self.step} ({nats / counted}): lower the learning rate {s.lr:g}")
+            raise BadInput(
+                f"the loss is not finite at step {self.step} ({nats / counted}): lower the learning rate {s.lr:g}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(s, self.step)
         self.optimizer.step()

@@ -57,7 +57,8 @@ def locate(name: str, revision: str = "") -> Path:
         raise BadInput(f"base {name!r} is neither a folder here nor a model on the hub (or it is private)") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise Unreachable(
-            f"cannot fetch base {name!r}: the hub is unreachable and no copy is cached; give a local folder, or try again online"
+            f"cannot fetch base {name!r}: the hub is unreachable and no copy is cached; "
+            "give a local folder, or try again online"
         ) from error
 
 
@@ -152,7 +153,8 @@ def _first_sentence(error: BaseException) -> str:
 
 def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Every linear map of `model` but its output head, as `{name: (out, into)}`."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
     out = {}
     for name, module in model.named_modules():
         if module is head or not isinstance(module, (nn.Linear, Conv1D)):

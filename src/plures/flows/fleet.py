@@ -1,4 +1,4 @@
-"""The Python face of a fleet: `fleet = plures.Fleet("acme.fleet"); v = fleet.train("support", data="tickets.jsonl")`."""
+"""The Python face: `fleet = plures.Fleet("acme.fleet"); v = fleet.train("support", data="tickets.jsonl")`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Fleet:
         done = train(recipe, sinks=sinks, resume=resume, rows=rows, held=held)
         return FleetVariant(self, done.version)
 
-    def versions(self, name: str | None = None, all: bool = False) -> list[Version]:  # noqa: A002
+    def versions(self, name: str | None = None, all: bool = False) -> list[Version]:
         """The latest version of every name, or of `name`; with `all`, every version."""
         return self.store.versions(name, all=all)
 
@@ -108,7 +108,7 @@ class Fleet:
         examples = encode(rows, base.tokenizer, max_tokens=max_tokens)
         model = base.model if ref is None else attach(base.model, self[ref].load(), "v000000")
         n_bytes = sum(e.n_bytes for e in examples)
-        got = evaluate(model, lambda: held_out(examples, batch_rows, max_tokens, pad_id(base)), n_bytes)
+        got = evaluate(model, lambda: iter(held_out(examples, batch_rows, max_tokens, pad_id(base))), n_bytes)
         if ref is not None:
             for metric in ("nats_per_token", "bits_per_byte", "perplexity"):
                 self.store.score(ref, _label(data, rows), metric, getattr(got, metric))
@@ -148,7 +148,9 @@ class FleetVariant:
         Raises: WrongUse for another form, an `out` that is not empty, or "lora" of a method that is not low-rank.
         """
         if as_ not in ("peft", "lora", "merged"):
-            raise WrongUse(f"export form {as_!r} is not one of peft, lora, merged.{nearest(as_, ('peft', 'lora', 'merged'))}")
+            raise WrongUse(
+                f"export form {as_!r} is not one of peft, lora, merged.{nearest(as_, ('peft', 'lora', 'merged'))}"
+            )
         folder = Path(out)
         if as_ != "merged":
             variant = self.load()

@@ -14,7 +14,9 @@ Scalar = bool | int | float | str
 class DataPart:
     """Which rows to train on and to score on."""
 
-    train: str = opt(help="rows: a .jsonl, .parquet or .txt file, a folder of them, or a `datasets` id like org/name:split")
+    train: str = opt(
+        help="rows: a .jsonl, .parquet or .txt file, a folder of them, or a `datasets` id like org/name:split"
+    )
     held_out: str | None = opt(None, "rows to score on; none: a share of the training rows")
     held_out_share: float = opt(0.05, "share of the rows held out where no held_out is given", ge=0.0, lt=1.0)
     columns: dict[str, str] = opt(default_factory=dict, help="your names of the columns, e.g. {text: body}")
@@ -38,7 +40,9 @@ class LoopPart:
     weight_decay: float = opt(0.0, "AdamW's decoupled decay", ge=0.0)
     beta1: float = opt(0.9, "AdamW's first decay rate", ge=0.0, lt=1.0)
     beta2: float = opt(0.999, "AdamW's second decay rate", ge=0.0, lt=1.0)
-    base_dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "dtype of the frozen base; the adapter is float32")
+    base_dtype: Literal["float32", "bfloat16", "float16"] = opt(
+        "float32", "dtype of the frozen base; the adapter is float32"
+    )
     autocast: bool = opt(False, "run the forward pass in bfloat16 where that is safe")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass to save memory")
     eval_every: int = opt(0, "score the held-out rows every so many steps; 0: at the end only", ge=0)
@@ -58,7 +62,9 @@ class TrainRecipe:
     adapt: dict[str, Scalar] = opt(
         default_factory=lambda: {"method": "mos"}, help="the method and its options, e.g. {method: mos, r: 16, e: 2}"
     )
-    targets: str | list[str] = opt("all-linear", "sites: all-linear, names or endings of names, or a regular expression")
+    targets: str | list[str] = opt(
+        "all-linear", "sites: all-linear, names or endings of names, or a regular expression"
+    )
     layers: list[int] = opt(default_factory=list, help="layer numbers to adapt; none: all")
     modules_to_save: list[str] = opt(default_factory=list, help="modules to train whole, e.g. [lm_head]")
     dropout: float = opt(0.0, "dropout on the adapter's input", ge=0.0, lt=1.0)

@@ -103,7 +103,9 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
     folder = run_folder(recipe)
     with Store.open(Path(recipe.fleet)) as store, _held_run(folder):
         if (folder / "recipe.yaml").exists() and not resume:
-            raise WrongUse(f"run {str(folder)!r} exists; go on with --resume, remove it to begin anew, or change the recipe")
+            raise WrongUse(
+                f"run {str(folder)!r} exists; go on with --resume, remove it to begin anew, or change the recipe"
+            )
         safe.write_bytes(folder / "recipe.yaml", dump(recipe).encode())
         safe.write_bytes(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
         events = _events(recipe, folder, sinks)
@@ -133,7 +135,9 @@ def _held_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StoreBusy(f"another process is training in {str(folder)!r}; wait for it, or use another run folder") from error
+            raise StoreBusy(
+                f"another process is training in {str(folder)!r}; wait for it, or use another run folder"
+            ) from error
         yield
 
 
@@ -152,7 +156,9 @@ def device(wanted: str) -> str:
         try:
             torch.device(wanted)
         except RuntimeError as error:
-            raise WrongUse(f"train.device {wanted!r} is no device torch knows; auto, cpu, cuda, cuda:1 or mps") from error
+            raise WrongUse(
+                f"train.device {wanted!r} is no device torch knows; auto, cpu, cuda, cuda:1 or mps"
+            ) from error
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise WrongUse(f"train.device {wanted!r}: no CUDA device is visible here; use auto or cpu")
         return wanted
@@ -181,7 +187,8 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
                       seed=recipe.seed, pad_id=pad)  # fmt: skip
     steps = loop.steps or max(1, math.ceil(loop.epochs * len(batches) / loop.accumulate))
     settings = Settings(
-        steps=steps, lr=loop.lr, accumulate=loop.accumulate, warmup_steps=round(loop.warmup_share * steps), decay=loop.decay,
+        steps=steps, lr=loop.lr, accumulate=loop.accumulate, decay=loop.decay,
+        warmup_steps=round(loop.warmup_share * steps),
         clip=loop.clip, weight_decay=loop.weight_decay, beta1=loop.beta1, beta2=loop.beta2, autocast=loop.autocast,
         eval_every=loop.eval_every, save_every=loop.save_every, patience=loop.patience, seed=recipe.seed,
     )  # fmt: skip
@@ -201,7 +208,9 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
         if resume:
             trainer.resume()
         scored = encode(held, base.tokenizer, max_tokens=recipe.data.max_tokens) if held else None
-        outcome = trainer.fit(OnDevice(batches, base.model.device), scorer(model, scored, recipe, base) if scored else None)
+        outcome = trainer.fit(
+            OnDevice(batches, base.model.device), scorer(model, scored, recipe, base) if scored else None
+        )
         facts = provenance(recipe, rows, planned, steps, outcome)
         return capture(model, "default", base.ref, facts), outcome
     finally:

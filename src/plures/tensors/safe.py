@@ -22,10 +22,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise BadInput where `path` is a pickle by name or by its first bytes: loading one runs its author's code."""
+def refuse_pickle(path: Path, by_content: bool = False) -> None:
+    """Raise BadInput where `path` is a pickle by name, or (`by_content`) by its first bytes: loading one runs code.
+
+    Content is asked only of what is no safetensors file: a header of 640 bytes begins with a pickle's magic too.
+    """
     magic = b""
-    if path.is_file():
+    if by_content and path.is_file():
         with disk(path, "read"), path.open("rb") as f:
             magic = f.read(4)
     if path.suffix in PICKLES or magic.startswith(_PICKLE_MAGIC):
@@ -46,11 +49,15 @@ def header(path: Path) -> dict[str, Any]:
             raise BadInput(f"{str(path)!r} is not a safetensors file: it has {size} bytes")
         n = struct.unpack("<Q", start)[0]
         if n > min(size - 8, 100_000_000):
-            raise BadInput(f"{str(path)!r} is not a safetensors file, or is truncated: its header claims {n} bytes of {size}")
+            refuse_pickle(path, by_content=True)
+            raise BadInput(
+                f"{str(path)!r} is not a safetensors file, or is truncated: its header claims {n} bytes of {size}"
+            )
         try:
-            found = json.loads(f.read(n))
-            ends = [e["data_offsets"][1] for k, e in found.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found: dict[str, Any] = json.loads(f.read(n))
+            ends = [0 + e["data_offsets"][1] for k, e in found.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            refuse_pickle(path, by_content=True)
             raise BadInput(f"{str(path)!r} is not a safetensors file: its header is not valid JSON") from error
     want = 8 + n + max(ends, default=0)
     if want != size:

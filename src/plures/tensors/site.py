@@ -29,7 +29,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """The linear's type: its path without the layer numbers, `model.layers.3.mlp.up_proj` -> `model.layers.mlp.up_proj`."""
+        """The linear's type, its path without layer numbers: `layers.3.mlp.up_proj` -> `layers.mlp.up_proj`."""
         return ".".join(part for part in self.name.split(".") if not part.isdigit())
 
 

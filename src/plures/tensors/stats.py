@@ -23,9 +23,17 @@ class Stat:
 STATS: dict[str, Stat] = {
     s.name: s
     for s in (
-        Stat("gram", "site", "[into, into]", "mean of x xT over counted tokens", "one forward pass; into^2 floats a site"),
+        Stat(
+            "gram", "site", "[into, into]", "mean of x xT over counted tokens", "one forward pass; into^2 floats a site"
+        ),
         Stat("input_norm", "site", "[into]", "root mean square of each input feature", "one forward pass; into floats"),
-        Stat("fisher", "site", "[out, into]", "mean squared gradient, nats^2 per weight^2", "one backward pass; a base's size"),
+        Stat(
+            "fisher",
+            "site",
+            "[out, into]",
+            "mean squared gradient, nats^2 per weight^2",
+            "one backward pass; a base's size",
+        ),
         Stat("text", "row", "str", "UTF-8", "none"),
         Stat("tokens", "row", "[tokens]", "token ids", "tokenising"),
         Stat("embedding", "row", "[d]", "unit vectors", "one encoder pass"),
@@ -33,6 +41,12 @@ STATS: dict[str, Stat] = {
         Stat("gradient", "row", "[d]", "projected gradient of the loss", "one backward pass a row"),
         Stat("quality", "row", "scalar", "the user's own score, higher is better", "a column"),
         Stat("group", "row", "str", "the user's own group", "a column"),
-        Stat("reference", "batch", "[rows, tokens]", "log-probabilities of the frozen base, nats", "one forward pass a batch"),
+        Stat(
+            "reference",
+            "batch",
+            "[rows, tokens]",
+            "log-probabilities of the frozen base, nats",
+            "one forward pass a batch",
+        ),
     )
 }
