@@ -12,6 +12,7 @@ configs, tests over nothing of ours are dropped, and no model is looked for on a
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -44,15 +45,20 @@ MODELS = {  # folder: (transformers class, sizes); the suite reads GPT2LMHeadMod
 SMALL = {"mos": {"r": 2, "e": 2, "l": 2, "p": 1}, "lora": {"r": 2}, "vera": {"r": 16}, "full": {}}
 THIN = {"mos": {"r": 2, "e": 2, "l": 1, "p": 1}, "lora": {"r": 1}, "vera": {"r": 16}, "full": {}}  # a site of width 1
 PEERS = {"LoraConfig": {"r": 2}, "VBLoRAConfig": {"vector_length": 1, "num_vectors": 5}}
-EXPECTED = {  # what stays failed, by the name of the test, and why
-    "test_mixed_adapter_batches_lora_conv1d_emb": "targets an Embedding; a site is a linear map",
-    "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": "targets an Embedding, as the one above",
-    "test_mixed_adapter_batches_lora_conv2d": "targets a Conv2d; a site is a linear map",
-    "test_mixed_adapter_batches_mha_raises": "targets a MultiheadAttention, which is refused at injection already",
-    "test_training_decoders_layer_indexing": "counts trained tensors, and a pool is as many for one layer as for two; "
-    "the suite exempts VBLoRA, VeRA and UniLoRA by class for this",
-    "test_merge_layers_nan": "puts NaN in the first row of a pool, which a site need not have picked",
-    "test_mixed_adapter_batches_mlp": "compares log-probabilities of 1e-5 at a relative 1e-5; exact in float64",
+ROUNDING = "compares log-probabilities near zero at a relative 1e-5 in float32; exact in float64"
+EXPECTED = {  # what stays failed, by the name of the test: for which methods ("" for all), and why
+    "test_mixed_adapter_batches_lora_conv1d_emb": ("", "targets an Embedding; a site is a linear map"),
+    "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": ("", "targets an Embedding"),
+    "test_mixed_adapter_batches_lora_conv2d": ("", "targets a Conv2d; a site is a linear map"),
+    "test_mixed_adapter_batches_mha_raises": ("", "targets a MultiheadAttention, refused at injection already"),
+    "test_training_decoders_layer_indexing": (
+        "mos",
+        "counts trained tensors, and a pool is as many for one layer as for two; "
+        "the suite exempts VBLoRA, VeRA and UniLoRA by class for this",
+    ),
+    "test_merge_layers_nan": ("mos", "puts NaN in the first row of a pool, which a site need not have picked"),
+    "test_mixed_adapter_batches_mlp": ("full", ROUNDING),
+    "test_mixed_adapter_batches_multiple_modules_to_save": ("full", ROUNDING),
 }
 
 
@@ -130,7 +136,8 @@ def summarise(records: list[dict[str, str]], seconds: float) -> dict[str, Any]:
             of[r["reason"]] = of.get(r["reason"], 0) + 1
     failures = [{k: r[k] for k in ("method", "test", "reason")} for r in records if r["outcome"] == "failed"]
     for f in failures:
-        f["expected"] = EXPECTED.get(f["test"].rpartition("::")[2].partition("[")[0], "")
+        whose, why = EXPECTED.get(f["test"].rpartition("::")[2].partition("[")[0], ("none", ""))
+        f["expected"] = why if whose in ("", f["method"]) else ""
     names = ("peft", "torch", "transformers", "accelerate", "safetensors", "pytest")
     return {
         "counts": counts,
@@ -265,6 +272,9 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> Iterator[None
     if not any(module_path.name in arg for arg in parent.config.args):
         return  # a sibling that pytest passes by
     module = outcome.get_result().obj
+    if hasattr(module, "plures_filled"):
+        return
+    module.plures_filled = True
     ours = lists(os.environ["PLURES_SUITE_METHODS"].split(","))
     for holder in [module, *(c for c in vars(module).values() if isinstance(c, type))]:
         for name, rows in ours.items():
@@ -298,8 +308,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # The suite tells two adapters of one config apart by `torch.manual_seed`; ours are drawn from the config's seed.
     import torch
 
-    from plures.bridges import peft as bridge
-
+    bridge: Any = importlib.import_module("plures.bridges.peft")
     lay, rng = bridge.lay, bridge.rng
     bridge.lay = lambda method, sites, seed: lay(method, sites, seed + torch.initial_seed() % 1000)
     bridge.rng = lambda seed, *path: rng(seed + torch.initial_seed() % 1000, *path)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 every = pytest.mark.parametrize("method", sorted(adapts))
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{w}") for w in (
-    "`(is_)?gradient_checkpointing(_kwargs|_enable)?` is deprecated:FutureWarning",  # said inside TRL and PEFT
+    r"`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning",  # said inside TRL and PEFT
     "'pin_memory' argument is set as true but no accelerator:UserWarning",
 )]  # fmt: skip
 

@@ -67,9 +67,7 @@ class PluresConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer numbers to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "rows of the embedding to train (TRL fills it in for new chat tokens)"}
-    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, metadata={"help": "tokens"})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, in training"})
     bias: Literal["none", "all", "plures_only"] = field(default="none", metadata={"help": "biases to train"})
     seed: int = field(default=0, metadata={"help": "seed of every stream the starting tensors are drawn from"})
@@ -135,8 +133,7 @@ class PluresLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, **quantisation: Any) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.name = name
+        self.base_layer, self.name = base_layer, name
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantisation)
         self.transposed = isinstance(base_layer, Conv1D)  # GPT-2 stores [into, out]
         self.in_features, self.out_features = map(int, _get_in_out_features(base_layer))  # type: ignore[arg-type]
@@ -214,9 +211,8 @@ class PluresLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the deltas of the active (or named) adapters to the base's weight; `safe_merge` checks for NaN first."""
-        adapters = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.plures_own]
-        deltas = {a: self.delta(a) for a in adapters}  # all before any: a method may read the weight
-        for adapter, delta in deltas.items():
+        named = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.plures_own]
+        for adapter, delta in {a: self.delta(a) for a in named}.items():  # all first: a method may read the weight
             W = self.base_weight()
             merged = (W + delta).to(W.dtype) if safe_merge else W.add_(delta)  # summed in float32, rounded once
             if safe_merge and not torch.isfinite(merged).all():
@@ -314,8 +310,6 @@ class PluresModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             layers = {m.name: m for m in model.modules() if isinstance(m, PluresLayer) and adapter_name in m.methods}
-            if not layers:
-                return
             method = config.make()
             with torch.device("meta" if low_cpu_mem_usage else "cpu"):
                 laid = lay(method, [site_of(layer) for layer in layers.values()], config.seed)
@@ -359,8 +353,7 @@ class PluresModel(BaseTuner):
         encoding = set(encoder.modules()) if encoder is not None else set()
         handles = []
         for m in (m for m in self.modules() if isinstance(m, (PluresLayer, AuxiliaryTrainingWrapper))):
-            names = adapter_names if m in encoding else repeated
-            hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
+            hook = partial(_adapter_names_pre_forward_hook, adapter_names=adapter_names if m in encoding else repeated)
             handles.append(m.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
