@@ -149,10 +149,22 @@ def merge_into(model: Any, variant: Variant) -> Any:
         own, pool = _floats(variant.own[site.name]), _floats(variant.pool.get(variant.group_of[site.name], {}))
         merged = method.weight(W.float(), own, pool).to(W.dtype)
         module.weight.data = merged.T.contiguous() if transposed else merged
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, t in variant.extra.items():
-        parameters[name].data = t.to(parameters[name].dtype)
+        owner, _, leaf = name.rpartition(".")
+        if owner not in modules or leaf not in modules[owner].state_dict():
+            raise BadInput(f"the variant is of another base: this one has no tensor {name!r}")
+        _put(model, modules[owner], leaf, t)
     return model
+
+
+def _put(model: Any, module: Any, leaf: str, t: Tensor) -> None:
+    """Put a whole tensor into `module`; one that the base ties to another (a head to the embedding) is untied first."""
+    old = getattr(module, leaf)
+    if sum(p is old for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+        setattr(module, leaf, torch.nn.Parameter(t.to(old.dtype), requires_grad=False))
+        model.config.tie_word_embeddings = False
+    else:
+        old.data = t.to(old.dtype)
 
 
 def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,9 +217,13 @@ def _lora_keys(variant: Variant) -> dict[str, Tensor]:
 
 
 def _targets(variant: Variant) -> list[str]:
-    """Short names where the variant adapts every site that bears them (servers expect these), else full names."""
-    chosen = variant.provenance.get("targets", "all-linear")
-    whole = not variant.provenance.get("layers") and (chosen == "all-linear" or not isinstance(chosen, str))
+    """Short names where the variant is known to adapt every site that bears them (servers expect these), else full names.
+
+    It is known where we trained it on all layers and by short names; an imported one may stand on a few layers only.
+    """
+    chosen = variant.provenance.get("targets", ())
+    short = bool(chosen) and not isinstance(chosen, str) and not any("." in name for name in chosen)
+    whole = not variant.provenance.get("layers") and (chosen == "all-linear" or short)
     return sorted({s.name.rpartition(".")[2] if whole else s.name for s in variant.sites})
 
 
@@ -240,7 +256,7 @@ def _lora_config(variant: Variant) -> dict[str, Any]:
     return _common_config(variant) | {
         "peft_type": "LORA", "r": method.r, "lora_alpha": method.alpha, "lora_dropout": 0.0, "fan_in_fan_out": False,
         "use_rslora": method.rslora, "init_lora_weights": True, "rank_pattern": odd,
-        "alpha_pattern": {s: method.scale * r for s, r in odd.items()},
+        "alpha_pattern": {s: method.scale * (r**0.5 if method.rslora else r) for s, r in odd.items()},
     }  # fmt: skip
 
 
@@ -269,11 +285,12 @@ def model_card(variant: Variant, name: str = "") -> str:
 # ---------------------------------------------------------------- folder -> variant
 
 
-def read_folder(folder: Path, base: BaseRef, shapes: Shapes) -> Variant:
+def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str, tuple[int, ...]]) -> Variant:
     """The variant in an adapter folder: ours, one saved by PEFT, or a plain PEFT LoRA.
 
-    `shapes` are the base's linear maps, against which every tensor is checked; a missing or an extra tensor is an
-    error. Raises: BadInput for a damaged folder, a pickle, an adapter of another base or of an unknown kind.
+    `shapes` are the base's linear maps and `whole` the shapes of all its tensors, against which every tensor of the
+    folder is checked; a missing or an extra tensor is an error.
+    Raises: BadInput for a damaged folder, a pickle, an adapter of another base or of an unknown kind.
     """
     if not folder.is_dir():
         raise BadInput(f"{str(folder)!r} is no folder")
@@ -290,16 +307,53 @@ def read_folder(folder: Path, base: BaseRef, shapes: Shapes) -> Variant:
     ours = folder / MANIFEST
     said = _json(ours) if ours.is_file() else None
     if said is not None:
-        _check_hashes(folder, tensors, said.get("tensors", {}))
-        told = said.get("base", {})
+        hashes, told = said.get("tensors"), said.get("base")
+        if not isinstance(hashes, dict) or not isinstance(told, dict):
+            raise BadInput(f"{str(ours)!r} is damaged: it names no tensors or no base")
         if base.hash and told.get("hash") and told["hash"] != base.hash:
             raise BadInput(f"{str(folder)!r} is an adapter of another base: made for {told.get('name')!r} "
                            f"({told['hash'][:12]}), this fleet's is {base.name!r} ({base.hash[:12]})")  # fmt: skip
-    variant = _from_lora(folder, config, tensors) if kind == "LORA" else _from_plures(folder, config, tensors, shapes)
+        _check_hashes(folder, tensors, hashes)
+    if config.get("bias", "none") != "none":
+        raise BadInput(f"{str(folder)!r} trains biases (bias={config['bias']!r}), which a variant does not hold; "
+                       "merge it into the base with PEFT")  # fmt: skip
+    if kind == "LORA":
+        variant = _from_lora(folder, config, tensors, ours=said is not None)
+    else:
+        variant = _from_plures(folder, config, tensors, shapes)
     if said is not None:  # the manifest knows sites, groups and provenance better than PEFT's config does
         variant = from_flat(said | {"tensors": None}, variant.flat(), str(folder))
+        _check_config(folder, config, variant)
     _check_shapes(folder, variant, shapes)
+    _check_whole(folder, variant, config.get("modules_to_save") or (), whole)
     return replace(variant, base=base)
+
+
+def _check_config(folder: Path, config: Mapping[str, Any], variant: Variant) -> None:
+    """Our two descriptions of one folder agree on what the tensors mean."""
+    want = _lora_config(variant) if variant.method == "lora" else _plures_config(variant)
+    decisive = ("peft_type", "method", "options", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    for key in decisive:
+        if (config.get(key) or None) != (want.get(key) or None):
+            raise BadInput(f"{str(folder)!r}: {CONFIG} has {key} = {config.get(key)!r}, which is not what {MANIFEST} says; "
+                           f"restore it, or remove {MANIFEST} to read the folder as PEFT does")  # fmt: skip
+
+
+def _check_whole(folder: Path, variant: Variant, modules: Sequence[str], whole: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor beside the adapter is of a module that the config names, complete, and in the base's shape."""
+    for name, t in variant.extra.items():
+        owner = name.rpartition(".")[0]
+        if not any(f".{m}." in f".{owner}." for m in modules):
+            raise BadInput(f"{str(folder / WEIGHTS)!r} has an unknown tensor {name!r}")
+        if whole.get(name) != tuple(t.shape):
+            here = list(whole[name]) if name in whole else "absent"
+            raise BadInput(f"{str(folder)!r} is an adapter of another base: {name!r} is {list(t.shape)} in it "
+                           f"and {here} in this base")  # fmt: skip
+    for m in modules:
+        wanted = {n for n in whole if f".{m}." in f".{n.rpartition('.')[0]}."}
+        lacking = sorted(wanted - set(variant.extra))
+        if lacking or not wanted:
+            raise BadInput(f"{str(folder / WEIGHTS)!r} lacks {lacking[0] if lacking else m!r} of modules_to_save")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -328,6 +382,12 @@ def _check_hashes(folder: Path, tensors: Mapping[str, Tensor], want: Mapping[str
 
 def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes) -> Variant:
     """A folder saved by PEFT itself, without plures.json: sites from the keys, places by the method's groups."""
+    if config.get("trainable_token_indices"):
+        raise BadInput(f"{str(folder)!r} uses trained token embeddings, which a variant does not hold; "
+                       "merge it into the base with PEFT")  # fmt: skip
+    if config.get("format_version") != FORMAT_VERSION:
+        raise BadInput(f"{str(folder)!r}: format_version {config.get('format_version')!r} is not {FORMAT_VERSION}; "
+                       "it was written by another Plures")  # fmt: skip
     options, name = dict(config.get("options", {})), str(config.get("method"))
     method = adapts.make(name, **options)
     own: dict[str, dict[str, Tensor]] = {}
@@ -352,19 +412,25 @@ def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 _NOT_LORA = {"use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens": "aLoRA", "target_parameters": "targets of single parameters",
-             "trainable_token_indices": "trained token embeddings", "layer_replication": "layer replication", "lora_bias": "a LoRA bias"}  # fmt: skip
+             "trainable_token_indices": "trained token embeddings", "layer_replication": "layer replication", "lora_bias": "a LoRA bias",
+             "use_bdlora": "block-diagonal factors", "arrow_config": "Arrow routing", "kasa_config": "KaSA", "velora_config": "VeLoRA",
+             "monteclora_config": "MonteCLoRA"}  # fmt: skip
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others move the base's own weights
 
 
-def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Variant:
-    """A plain PEFT LoRA; rank and alpha patterns are folded into B, so that one scale serves all sites."""
+def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], ours: bool) -> Variant:
+    """A plain PEFT LoRA; rank and alpha patterns are folded into B, so that one scale serves all sites.
+
+    In a folder of `ours` they are so already, and the tensors stay as they are to the last bit.
+    """
     for key, word in _NOT_LORA.items():
         if config.get(key):
             raise BadInput(
                 f"{str(folder)!r} uses {word} ({key}), which is no plain LoRA; merge it into the base with PEFT"
             )
-    if config.get("bias", "none") != "none":
-        raise BadInput(f"{str(folder)!r} trains biases (bias={config['bias']!r}), which a plain LoRA does not hold; "
-                       "merge it into the base with PEFT")  # fmt: skip
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise BadInput(f"{str(folder)!r} began as {config['init_lora_weights']!r}, which also changes the base's weights; "
+                       "convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
     own: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, t in tensors.items():
@@ -389,7 +455,7 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
                 f"{str(folder)!r}: the factors of {site!r} have rank {leaves['A'].shape[0]}, its config says {rank}"
             )
         scale = float(_by_pattern(alphas, site, alpha)) / (rank**0.5 if method.rslora else rank)
-        if scale != method.scale:
+        if scale != method.scale and not ours:
             leaves["B"] = leaves["B"] * (scale / method.scale)
     sites = tuple(Site(s, int(v["B"].shape[0]), int(v["A"].shape[1])) for s, v in own.items())
     options = {"r": r, "alpha": alpha, "rslora": method.rslora}
@@ -425,10 +491,12 @@ def check_tensors(variant: Variant, where: str) -> None:
                     raise BadInput(
                         f"{where}: {room} tensor {leaf!r} of {owner!r} is {'missing' if leaf not in mine else 'unknown'}"
                     )
-                free = variant.method == "lora"  # an imported LoRA may vary its rank by site
-                if mine[leaf].ndim != theirs[leaf].ndim or (not free and mine[leaf].shape != theirs[leaf].shape):
+                want_shape = list(theirs[leaf].shape)
+                if variant.method == "lora" and mine[leaf].ndim == 2:  # an imported LoRA may vary its rank by site
+                    want_shape[leaf == "B"] = mine["A"].shape[0]
+                if list(mine[leaf].shape) != want_shape:
                     raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} is {list(mine[leaf].shape)}, "
-                                   f"the method lays {list(theirs[leaf].shape)}")  # fmt: skip
+                                   f"the method lays {want_shape}")  # fmt: skip
                 points = mine[leaf] if not mine[leaf].is_floating_point() else torch.zeros(1, dtype=torch.long)
                 if int(points.min()) < 0 or int(points.max()) >= _rows(laid, variant, owner):
                     raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} points past its pool")

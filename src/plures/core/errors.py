@@ -91,7 +91,7 @@ def disk(path: Path | str, doing: str = "write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskTrouble(f"cannot {doing} {str(path)!r}: the disk is full; nothing was changed") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DiskTrouble(f"cannot {doing} {str(path)!r}: no permission") from error

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from plures.core.errors import BadInput, DiskTrouble
 from plures.store.blobs import Blobs, Spot
-from plures.store.content import identity_of
 from plures.store.index import Index
 from plures.store.load import read_manifest, tensors_of
 from plures.store.versions import some
 from plures.tensors import safe
+from plures.tensors.variant import identity_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _check_versions(db: sqlite3.Connection) -> list[str]:
         try:
             said, manifest, identity = read_manifest(db, id)
             hashes = {name: where[0] for name, where in tensors_of(db, id).items()}
-            if identity_of(manifest, hashes) != identity:
+            if identity_of(manifest, {k: h.hex() for k, h in hashes.items()}) != identity.hex():
                 out.append(f"{said!r}: its tensors or its manifest are not those of its identity {identity.hex()}; "
                            "restore fleet.db from a copy, or remove the version and publish it again")  # fmt: skip
         except (TypeError, KeyError, ValueError) as error:

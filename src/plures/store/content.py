@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 from plures.core.errors import BadInput
 from plures.store.names import shown
 from plures.tensors.safe import tensor_hash
-from plures.tensors.variant import Variant, from_flat
+from plures.tensors.variant import Variant, from_flat, identity_of
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,6 @@ class Content:
     hashes: Mapping[str, bytes]
     tensors: Mapping[bytes, Tensor]
     n_bytes: int
-
-
-def identity_of(manifest: Mapping[str, Any], hashes: Mapping[str, bytes]) -> bytes:
-    """What `Variant.identity` would say, from the hashes of the tensors: a shared pool is not hashed per variant.
-
-    `Variant.identity` is the definition; a test holds the two equal.
-    """
-    facts = {k: v for k, v in manifest.items() if k != "provenance"}
-    facts["base"] = manifest["base"]["hash"]
-    facts["tensors"] = {k: h.hex() for k, h in sorted(hashes.items())}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 def take_apart(variant: Variant) -> Content:
@@ -64,7 +52,7 @@ def take_apart(variant: Variant) -> Content:
             )
     hashes = {key: bytes.fromhex(tensor_hash(t)) for key, t in flat.items()}
     return Content(
-        identity=identity_of(back, hashes),
+        identity=bytes.fromhex(identity_of(back, {k: h.hex() for k, h in hashes.items()})),
         manifest=dump({k: v for k, v in back.items() if k not in ("sites", "provenance")}),
         sites=dump(back["sites"]),
         provenance=dump(back["provenance"]),

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from plures.core.errors import BadInput
 from plures.store.blobs import Blobs, Spot
-from plures.store.content import identity_of, whole_manifest
+from plures.store.content import whole_manifest
 from plures.store.index import Index
 from plures.store.names import Ref
 from plures.store.versions import find_version
 from plures.tensors.safe import tensor_hash
-from plures.tensors.variant import Variant, from_flat
+from plures.tensors.variant import Variant, from_flat, identity_of
 
 Where = dict[str, tuple[bytes, bytes, Spot]]  # {flat name: (tensor hash, blob hash, spot)}
 
@@ -53,7 +53,7 @@ def load(index: Index, blobs: Blobs, ref: Ref, check: bool) -> Variant:
             id = find_version(db, ref)
             said, manifest, identity = read_manifest(db, id)
             where = tensors_of(db, id)
-        if identity_of(manifest, {k: w[0] for k, w in where.items()}) != identity:
+        if identity_of(manifest, {k: w[0].hex() for k, w in where.items()}) != identity.hex():
             raise BadInput(f"{said!r}: the index no longer matches its identity; restore fleet.db from a copy")
         try:
             return from_flat(manifest, _read_all(blobs, where, said, check), repr(said))

@@ -71,10 +71,7 @@ class Variant:
 
         Provenance is not part of it: the same tensors trained twice are one variant.
         """
-        facts = {k: v for k, v in self.manifest().items() if k != "provenance"}
-        facts["base"] = self.base.hash
-        facts["tensors"] = {k: tensor_hash(t) for k, t in sorted(self.flat().items())}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return identity_of(self.manifest(), {k: tensor_hash(t) for k, t in self.flat().items()})
 
     def n_bytes(self) -> int:
         """Bytes of all tensors, indices included."""
@@ -96,6 +93,14 @@ class Variant:
             pool={g: cast(v) for g, v in self.pool.items()},
             extra=cast(self.extra),
         )
+
+
+def identity_of(manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+    """A variant's identity in hex, from its manifest and the hex hashes of its flat tensors."""
+    facts = {k: v for k, v in manifest.items() if k != "provenance"}
+    facts["base"] = manifest["base"]["hash"]
+    facts["tensors"] = dict(sorted(hashes.items()))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def from_flat(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str = "variant") -> Variant:
