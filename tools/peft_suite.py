@@ -335,7 +335,8 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
         elif report.outcome == "failed":
             reason = str(call.excinfo.value) or call.excinfo.typename
         text = re.sub(r"\s+", " ", reason)[:300]
-        record = {"test": item.nodeid, "method": item.plures_method, "outcome": report.outcome, "reason": text}
+        name = item.nodeid.replace(os.environ["PLURES_SUITE_MODELS"] + os.sep, "")
+        record = {"test": name, "method": item.plures_method, "outcome": report.outcome, "reason": text}
         if report.when != "teardown":
             item.config.plures_records.append(record)
 

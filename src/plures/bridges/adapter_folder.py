@@ -217,7 +217,7 @@ def _lora_keys(variant: Variant) -> dict[str, Tensor]:
 
 
 def _targets(variant: Variant) -> list[str]:
-    """Short names where the variant is known to adapt every site that bears them (servers expect these), else full names.
+    """Short names where the variant is known to adapt every site that bears them (servers like these), else full names.
 
     It is known where we trained it on all layers and by short names; an imported one may stand on a few layers only.
     """
@@ -335,8 +335,8 @@ def _check_config(folder: Path, config: Mapping[str, Any], variant: Variant) -> 
     decisive = ("peft_type", "method", "options", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     for key in decisive:
         if (config.get(key) or None) != (want.get(key) or None):
-            raise BadInput(f"{str(folder)!r}: {CONFIG} has {key} = {config.get(key)!r}, which is not what {MANIFEST} says; "
-                           f"restore it, or remove {MANIFEST} to read the folder as PEFT does")  # fmt: skip
+            raise BadInput(f"{str(folder)!r}: {CONFIG} has {key} = {config.get(key)!r}, which is not what {MANIFEST} "
+                           f"says; restore it, or remove {MANIFEST} to read the folder as PEFT does")  # fmt: skip
 
 
 def _check_whole(folder: Path, variant: Variant, modules: Sequence[str], whole: Mapping[str, tuple[int, ...]]) -> None:
@@ -411,10 +411,13 @@ def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     )
 
 
-_NOT_LORA = {"use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens": "aLoRA", "target_parameters": "targets of single parameters",
-             "trainable_token_indices": "trained token embeddings", "layer_replication": "layer replication", "lora_bias": "a LoRA bias",
-             "use_bdlora": "block-diagonal factors", "arrow_config": "Arrow routing", "kasa_config": "KaSA", "velora_config": "VeLoRA",
-             "monteclora_config": "MonteCLoRA"}  # fmt: skip
+_NOT_LORA = {
+    "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "block-diagonal factors", "kasa_config": "KaSA",
+    "arrow_config": "Arrow routing", "velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "aLoRA", "target_parameters": "targets of single parameters",
+    "trainable_token_indices": "trained token embeddings", "layer_replication": "layer replication",
+    "lora_bias": "a LoRA bias",
+}  # fmt: skip
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others move the base's own weights
 
 
@@ -429,8 +432,8 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
                 f"{str(folder)!r} uses {word} ({key}), which is no plain LoRA; merge it into the base with PEFT"
             )
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise BadInput(f"{str(folder)!r} began as {config['init_lora_weights']!r}, which also changes the base's weights; "
-                       "convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+        raise BadInput(f"{str(folder)!r} began as {config['init_lora_weights']!r}, which also changes the base's own "
+                       "weights; convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
     own: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, t in tensors.items():

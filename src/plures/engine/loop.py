@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,6 +26,8 @@ from plures.core.events import Events
 from plures.core.seeds import stream
 from plures.core.units import bits_per_byte
 from plures.tensors import safe
+
+_PROGRESS = ("step", "judged", "best", "best_step", "bad_evals")  # of a Trainer, what a resume takes up
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Trainer:
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
         )
-        self.step, self.best, self.best_step, self.bad_evals = 0, math.inf, -1, 0
+        self.step, self.judged, self.best, self.best_step, self.bad_evals = 0, 0, math.inf, -1, 0
 
     @property
     def checkpoint(self) -> Path:
@@ -147,7 +151,7 @@ class Trainer:
             tensors[f"p/{name}"] = p.data
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"o/{key}/{name}"] = value
-        progress = {"step": self.step, "best": self.best, "best_step": self.best_step, "bad_evals": self.bad_evals}
+        progress = {k: getattr(self, k) for k in _PROGRESS}
         safe.write(self.checkpoint, tensors, {"progress": json.dumps(progress)})
         self.events.emit("checkpoint", step=self.step)
 
@@ -161,21 +165,27 @@ class Trainer:
                 f"{str(self.checkpoint)!r} is the checkpoint of another method or base; remove the run to begin anew"
             )
         for name, p in self.trained.items():
+            if tensors[f"p/{name}"].shape != p.shape:
+                raise BadInput(f"{str(self.checkpoint)!r} is of other options: {name!r} is "
+                               f"{list(tensors[f'p/{name}'].shape)} in it, {list(p.shape)} now")  # fmt: skip
+        state: dict[str, dict[str, Tensor]] = {}
+        for key, t in tensors.items():
+            if key.startswith("o/"):
+                _, part, name = key.split("/", 2)
+                state.setdefault(name, {})[part] = t
+        for name, p in self.trained.items():
             p.data.copy_(tensors[f"p/{name}"])
-            state = {
-                k.split("/", 2)[1]: t for k, t in tensors.items() if k.startswith("o/") and k.split("/", 2)[2] == name
-            }
-            if state:
-                self.optimizer.state[p] = {k: t.clone() for k, t in state.items()}
-        progress = json.loads(meta["progress"])
-        self.step, self.best = progress["step"], progress["best"]
-        self.best_step, self.bad_evals = progress["best_step"], progress["bad_evals"]
+            if name in state:
+                self.optimizer.state[p] = {k: t.to("cpu" if k == "step" else p.device) for k, t in state[name].items()}
+        for key, value in json.loads(meta["progress"]).items():
+            setattr(self, key, value)
         self.events.emit("resume", step=self.step)
         return True
 
     def _one_step(self, batches: BatchSource) -> tuple[float, float, int]:
         """One optimizer step; returns the loss in nats per counted token, the gradient norm, and the tokens."""
         s = self.settings
+        self.optimizer.zero_grad(set_to_none=True)
         rows = [batches.at(self.step * s.accumulate + i) for i in range(s.accumulate)]
         counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in rows)
         if not counted:
@@ -195,28 +205,34 @@ class Trainer:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(s, self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with _whole():
+            self.optimizer.step()
+            self.step += 1
         return nats / counted, norm, sum(int(b["attention_mask"].sum()) for b in rows)
 
     def fit(self, batches: BatchSource, score: Callable[[], Score] | None = None) -> Outcome:
         """Train to the last step, or until `patience` evaluations in a row brought nothing better.
 
         With patience the best tensors are put back at the end. An interruption saves a checkpoint and goes on up.
+        Raises: WrongUse for patience without evaluations to wait for.
         """
-        s, last, early = self.settings, None, bool(self.settings.patience and self.bad_evals >= self.settings.patience)
+        s, last = self.settings, None
+        if s.patience and not (score and s.eval_every):
+            raise WrongUse("patience waits for better evaluations: set eval_every, and give rows to score on")
         self.model.train()
         start, first, tokens_seen = time.monotonic(), self.step, 0
         try:
+            if score and self._due():  # an interruption came between a step and its evaluation
+                last = self._judge(score())
+            early = bool(s.patience and self.bad_evals >= s.patience)
             while self.step < s.steps and not early:
                 loss, norm, tokens = self._one_step(batches)
-                self.step += 1
                 tokens_seen += tokens
                 spent = time.monotonic() - start
                 self.events.emit("step", step=self.step, steps=s.steps, loss=loss, lr=learning_rate(s, self.step - 1),
                                  grad_norm=norm, tokens_s=tokens_seen / max(spent, 1e-9),
                                  left_s=spent / (self.step - first) * (s.steps - self.step))  # fmt: skip
-                if score and s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps):
+                if score and self._due():
                     last = self._judge(score())
                     early = bool(s.patience and self.bad_evals >= s.patience)
                 if s.save_every and self.step % s.save_every == 0:
@@ -231,22 +247,46 @@ class Trainer:
         final = score() if score and (last is None or s.patience) else last
         return Outcome(self.step, final, self.best_step, early)
 
+    def _due(self) -> bool:
+        """Whether this step is to be evaluated and has not been."""
+        every, last = self.settings.eval_every, self.settings.steps
+        return bool(every) and self.step > self.judged and (self.step % every == 0 or self.step == last)
+
     def _judge(self, score: Score) -> Score:
         """Record an evaluation; keep the tensors where it is the best so far."""
         self.events.emit("eval", step=self.step, nats_per_token=score.nats_per_token, bits_per_byte=score.bits_per_byte,
                          perplexity=score.perplexity)  # fmt: skip
-        if score.nats_per_token < self.best:
-            self.best, self.best_step, self.bad_evals = score.nats_per_token, self.step, 0
-            if self.settings.patience:
-                safe.write(self.folder / "best.safetensors", {n: p.data for n, p in self.trained.items()})
-        else:
-            self.bad_evals += 1
+        with _whole():
+            if score.nats_per_token < self.best:
+                self.best, self.best_step, self.bad_evals = score.nats_per_token, self.step, 0
+                if self.settings.patience:
+                    safe.write(self.folder / "best.safetensors", {n: p.data for n, p in self.trained.items()})
+            else:
+                self.bad_evals += 1
+            self.judged = self.step
         return score
 
     def _load_best(self) -> None:
         best: Mapping[str, Tensor] = safe.read(self.folder / "best.safetensors")
         for name, p in self.trained.items():
             p.data.copy_(best[name])
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done: a checkpoint of half an update would be of no step at all."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

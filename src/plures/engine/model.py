@@ -128,12 +128,16 @@ def load_base(ref: BaseRef, *, dtype: str = "float32", device: str = "cpu", chec
                        "Point the fleet at the original, or begin a new fleet.")  # fmt: skip
     quiet.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadInput(f"base {ref.name!r} cannot be loaded: {_first_sentence(error)}") from error
+    lacking = sorted(report["missing_keys"])
+    if lacking:  # transformers would make them up at random
+        raise BadInput(f"base {ref.name!r} lacks the weight {lacking[0]!r} ({len(lacking)} in all): its files are of "
+                       "another model than its config.json")  # fmt: skip
     return Base(model.to(device).eval(), tokenizer, ref, folder)
 
 

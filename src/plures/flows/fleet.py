@@ -18,7 +18,7 @@ from plures.engine.generate import Completion, Prompt, Sampling, Session
 from plures.engine.loop import Score, evaluate
 from plures.engine.model import empty_base, linear_names, load_base, reference
 from plures.flows.recipes import DataPart, LoopPart, TrainRecipe
-from plures.flows.train import device, pad_id, train
+from plures.flows.train import device, on_device, pad_id, train
 from plures.store import Store, Version
 from plures.tensors.variant import Variant
 
@@ -41,6 +41,7 @@ class Fleet:
             Store.create(self.path, reference(base, revision)).close()
         self.store = Store.open(self.path)
         if base is not None and reference(base, revision).hash != self.store.base.hash:
+            self.store.close()
             raise BadInput(f"{str(path)!r} is a fleet of {self.store.base.name!r}, not of {base!r}")
         self._session: Session | None = None
 
@@ -70,9 +71,11 @@ class Fleet:
 
         Raises: RecipeErrors for an unknown setting or a wrong value, all at once.
         """
-        recipe = _recipe(str(self.path), name, method, data, held_out, settings)
         rows = None if isinstance(data, (str, Path)) else read_rows(data)
         held = None if held_out is None or isinstance(held_out, (str, Path)) else read_rows(held_out)
+        told = str(data) if rows is None else _in_memory(rows)
+        told_held = str(held_out) if isinstance(held_out, (str, Path)) else _in_memory(held) if held else None
+        recipe = _recipe(str(self.path), name, method, told, told_held, settings)
         done = train(recipe, sinks=sinks, resume=resume, rows=rows, held=held)
         return FleetVariant(self, done.version)
 
@@ -95,8 +98,9 @@ class Fleet:
 
     def bring_in(self, folder: str | Path, name: str, *, aliases: Sequence[str] = ()) -> FleetVariant:
         """Import an adapter folder (a PEFT LoRA, or one of ours) as the next version of `name`."""
-        shapes = linear_names(empty_base(self.store.base))
-        variant = read_folder(Path(folder), self.store.base, shapes)
+        base = empty_base(self.store.base)
+        whole = {k: tuple(t.shape) for k, t in base.state_dict().items()}
+        variant = read_folder(Path(folder), self.store.base, linear_names(base), whole)
         variant = variant.with_provenance(imported_from=str(folder), **_counted(variant))
         return FleetVariant(self, self.store.publish(variant, name, aliases=aliases))
 
@@ -108,7 +112,8 @@ class Fleet:
         examples = encode(rows, base.tokenizer, max_tokens=max_tokens)
         model = base.model if ref is None else attach(base.model, self[ref].load(), "v000000")
         n_bytes = sum(e.n_bytes for e in examples)
-        got = evaluate(model, lambda: iter(held_out(examples, batch_rows, max_tokens, pad_id(base))), n_bytes)
+        batches = held_out(examples, batch_rows, max_tokens, pad_id(base))
+        got = evaluate(model, lambda: on_device(batches, base.model.device), n_bytes)
         if ref is not None:
             for metric in ("nats_per_token", "bits_per_byte", "perplexity"):
                 self.store.score(ref, _label(data, rows), metric, getattr(got, metric))
@@ -173,10 +178,15 @@ def _counted(variant: Variant) -> dict[str, int]:
 
 
 def _label(data: Data, rows: Rows) -> str:
-    return str(data) if isinstance(data, (str, Path)) else f"rows:{rows.fingerprint[:12]}"
+    return str(data) if isinstance(data, (str, Path)) else _in_memory(rows)
 
 
-def _recipe(fleet: str, name: str, method: str, data: Data, held: Data | None, settings: dict[str, Any]) -> TrainRecipe:
+def _in_memory(rows: Rows) -> str:
+    """What stands for rows that no file holds: other rows are another run."""
+    return f"rows:{rows.fingerprint[:12]}"
+
+
+def _recipe(fleet: str, name: str, method: str, data: str, held: str | None, settings: dict[str, Any]) -> TrainRecipe:
     """Sort plain settings into the recipe's sections. A name that a method and the loop share goes to the method."""
     options, loop = options_of(adapts[method]), {f.name for f in fields(LoopPart)}
     part, top = {f.name for f in fields(DataPart)}, {f.name for f in fields(TrainRecipe)}
@@ -189,14 +199,12 @@ def _recipe(fleet: str, name: str, method: str, data: Data, held: Data | None, s
     def of(names: Iterable[str]) -> dict[str, Any]:
         return {k: v for k, v in settings.items() if k in set(names)}
 
-    held_name = str(held) if isinstance(held, (str, Path)) else None
     said = {
         "fleet": fleet,
         "name": name,
         "adapt": {"method": method, **of(options)},
         "train": of(loop - set(options)),
-        "data": {"train": str(data) if isinstance(data, (str, Path)) else "rows in memory", "held_out": held_name}
-        | of(part - set(options)),
+        "data": {"train": data, "held_out": held} | of(part - set(options)),
         **of(top - set(options) - loop - part),
     }
     return load(TrainRecipe, said, where="train")

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from plures.engine.model import Base, empty_base, find_sites, load_base
 from plures.flows.recipes import TrainRecipe
 from plures.store import Score as Measured
 from plures.store import Store, Version
+from plures.store.names import check_alias, check_name
 from plures.tensors import safe
 from plures.tensors.site import Site
 from plures.tensors.variant import Variant
@@ -66,6 +67,9 @@ class Trained:
 
 def plan(recipe: TrainRecipe) -> Plan:
     """Resolve a recipe against its fleet's base without loading a weight; all that can be wrong so far is raised."""
+    check_name(recipe.name)
+    for alias in recipe.aliases:
+        check_alias(alias)
     name, options = recipe.method()
     method = adapts.make(name, **options)
     with Store.open(Path(recipe.fleet)) as store:
@@ -86,7 +90,46 @@ def run_folder(recipe: TrainRecipe) -> Path:
         return Path(recipe.run)
     decides = {k: v for k, v in to_dict(recipe).items() if k not in ("run", "tensorboard", "aliases", "fleet")}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(recipe.fleet) / "runs" / f"{recipe.name}-{digest}"
+    return Path(recipe.fleet) / "runs" / f"{check_name(recipe.name)}-{digest}"
+
+
+def _begin(recipe: TrainRecipe, folder: Path, rows: Rows) -> None:
+    """Write down what the run is of; one that is there already must be of the same recipe and rows.
+
+    A checkpoint of another seed has the same shapes, and one of other rows stops at the same step: only this tells.
+    Raises: BadInput.
+    """
+    free = ("fleet", "run", "tensorboard", "aliases", "train")
+    said = {k: v for k, v in to_dict(recipe).items() if k not in free} | {"rows": rows.fingerprint}
+    path = folder / "of.json"
+    if path.exists():
+        with disk(path, "read"):
+            before = json.loads(path.read_text(encoding="utf-8"))
+        other = next((k for k in said if said[k] != before.get(k)), None)
+        if other is not None:
+            was, now = (str(of.get(other))[:80] for of in (before, said))
+            raise BadInput(f"run {str(folder)!r} is of another recipe: its {other} was {was!r}, now {now!r}; "
+                           "restore it, or name another run")  # fmt: skip
+    safe.write_bytes(path, (json.dumps(said, indent=1) + "\n").encode())
+    safe.write_bytes(folder / "recipe.yaml", dump(recipe).encode())
+    safe.write_bytes(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
+
+
+class _Log:
+    """The run's events.jsonl; a full disk is an error of ours."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with disk(path):
+            self.lines = JsonLines(path)
+
+    def __call__(self, kind: str, fields: dict[str, Any]) -> None:
+        with disk(self.path):
+            self.lines(kind, fields)
+
+    def close(self) -> None:
+        with disk(self.path):
+            self.lines.close()
 
 
 def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = False, base: Base | None = None,
@@ -106,13 +149,12 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
             raise WrongUse(
                 f"run {str(folder)!r} exists; go on with --resume, remove it to begin anew, or change the recipe"
             )
-        safe.write_bytes(folder / "recipe.yaml", dump(recipe).encode())
-        safe.write_bytes(folder / "environment.json", (json.dumps(environment(), indent=1) + "\n").encode())
+        train_rows, score_rows = _rows(recipe, rows, held)
+        _begin(recipe, folder, train_rows)
         events = _events(recipe, folder, sinks)
         try:
             if recipe.train.threads:
                 torch.set_num_threads(recipe.train.threads)
-            train_rows, score_rows = _rows(recipe, rows, held)
             loaded = base or load_base(store.base, dtype=recipe.train.base_dtype, device=device(recipe.train.device))
             variant, outcome = _fit(planned, loaded, train_rows, score_rows, folder, events, resume)
             _keep(folder, variant, recipe.name)
@@ -147,7 +189,7 @@ def _events(recipe: TrainRecipe, folder: Path, sinks: tuple[Sink, ...]) -> Event
         from plures.bridges.trackers import TensorBoard
 
         extra = (TensorBoard(folder / "tensorboard"),)
-    return Events(JsonLines(folder / "events.jsonl"), *extra, *sinks)
+    return Events(_Log(folder / "events.jsonl"), *extra, *sinks)
 
 
 def device(wanted: str) -> str:
@@ -229,6 +271,11 @@ class OnDevice:
         return {k: t.to(self.device) for k, t in self.batches.at(step).items()}
 
 
+def on_device(batches: Iterable[dict[str, torch.Tensor]], where: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Each batch, moved to a device as it is asked for."""
+    return ({k: t.to(where) for k, t in batch.items()} for batch in batches)
+
+
 def pad_id(base: Base) -> int:
     """The id that pads; it never counts, so any id will do where the tokenizer has none."""
     tokenizer: Any = base.tokenizer
@@ -240,11 +287,8 @@ def scorer(model: Any, examples: list[Example], recipe: TrainRecipe, base: Base)
     n_bytes = sum(e.n_bytes for e in examples)
 
     def score() -> Score:
-        def batches() -> Iterator[dict[str, torch.Tensor]]:
-            for batch in held_out(examples, recipe.train.batch_rows, recipe.data.max_tokens, pad_id(base)):
-                yield {k: t.to(base.model.device) for k, t in batch.items()}
-
-        return evaluate(model, batches, n_bytes, recipe.train.autocast)
+        batches = held_out(examples, recipe.train.batch_rows, recipe.data.max_tokens, pad_id(base))
+        return evaluate(model, lambda: on_device(batches, base.model.device), n_bytes, recipe.train.autocast)
 
     return score
 
