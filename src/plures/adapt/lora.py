@@ -60,10 +60,6 @@ class Lora:
 
     def own(self, site: Site, pool: Tensors, rng: Rng) -> dict[str, Tensor]:
         """A uniform in +-1/sqrt(into), B zero."""
-        if self.r > min(site.into, site.out):
-            raise WrongUse(
-                f"lora.r = {self.r} is larger than the rank of {site.name!r}, at most {min(site.into, site.out)}"
-            )
         return {"A": uniform(rng, (self.r, site.into), site.into**-0.5), "B": torch.zeros(site.out, self.r)}
 
     def factors(self, own: Tensors, pool: Tensors) -> tuple[Tensor, Tensor]:
