@@ -3,7 +3,8 @@
 Every contender gets the same steps, batches and learning-rate search: three rates a factor of two apart, one more at
 an edge while the best lies there (five at most), judged on the VALIDATION text of one tenant that is left out of the
 scores. The best rate then runs on the other tenants with every seed, scored on TEST text; no held-out line occurs in
-its tenant's training text. Forward passes run in bfloat16 autocast, the adapters are float32. The seed moves the starting tensors, the shard indices and the order of the data.
+its tenant's training text. Forward passes run in bfloat16 autocast, the adapters are float32. The seed moves the
+starting tensors, the shard indices and the order of the data.
 
     python benchmarks/equal_budget.py                     the committed run: about 70 CPU minutes, 2 workers
     python benchmarks/equal_budget.py --only mos,lora --steps 480 --name longer
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -196,7 +198,7 @@ def lora_equivalent(points: list[tuple[int, float]], bits: float) -> float | Non
     from math import exp, log
 
     points = sorted(points)
-    for (p0, b0), (p1, b1) in zip(points, points[1:], strict=False):
+    for (p0, b0), (p1, b1) in pairwise(points):
         if min(b0, b1) <= bits <= max(b0, b1) and b0 != b1:
             return exp(log(p0) + (b0 - bits) / (b0 - b1) * (log(p1) - log(p0)))
     return None
@@ -269,15 +271,15 @@ def main() -> None:
         for s in range(args.seeds) for t in args.tenants.split(",") for c in chosen
     ])  # fmt: skip
     told = summarise(rows, rates) | {
-        "machine": describe(), "steps": args.steps, "rows": ROWS, "tokens": TOKENS, "seeds": args.seeds, "alpha": args.alpha or 16,
+        "machine": describe(), "steps": args.steps, "rows": ROWS, "tokens": TOKENS, "seeds": args.seeds,
+        "alpha": args.alpha or 16,
         "tenants": args.tenants.split(","), "search_tenant": SEARCH_TENANT, "runs": len(runs.done),
         "cpu_s": sum(r["cpu_s"] for r in runs.done.values()), "wall_s": time.time() - wall,
     }  # fmt: skip
     write_result(args.name, told)
     for n, row in told["contenders"].items():
-        print(
-            f"{n:24s} {row['trained']:>9,}  {row['bits_per_byte']:.4f} ±{row['sd_over_seeds']:.4f}  {row['lora_parameters_of_equal_quality_over_own']}"
-        )
+        worth = row["lora_parameters_of_equal_quality_over_own"]
+        print(f"{n:24s} {row['trained']:>9,}  {row['bits_per_byte']:.4f} ±{row['sd_over_seeds']:.4f}  {worth}")
 
 
 if __name__ == "__main__":

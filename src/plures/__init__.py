@@ -32,14 +32,20 @@ __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from plures.adapt import adapts as adapts
-    from plures.bridges.peft import PluresConfig as PluresConfig, config_for as config_for
-    from plures.core.errors import BadInput as BadInput, PluresError as PluresError, WrongUse as WrongUse
-    from plures.flows.fleet import Fleet as Fleet, FleetVariant as FleetVariant
+    from plures.bridges.peft import PluresConfig as PluresConfig
+    from plures.bridges.peft import config_for as config_for
+    from plures.core.errors import BadInput as BadInput
+    from plures.core.errors import PluresError as PluresError
+    from plures.core.errors import WrongUse as WrongUse
+    from plures.flows.fleet import Fleet as Fleet
+    from plures.flows.fleet import FleetVariant as FleetVariant
     from plures.flows.recipes import TrainRecipe as TrainRecipe
     from plures.flows.train import train as train
-    from plures.store import Store as Store, Version as Version
+    from plures.store import Store as Store
+    from plures.store import Version as Version
     from plures.tensors.site import Site as Site
-    from plures.tensors.variant import BaseRef as BaseRef, Variant as Variant
+    from plures.tensors.variant import BaseRef as BaseRef
+    from plures.tensors.variant import Variant as Variant
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rows import ADAPT, sites
 
 from plures.adapt import Adapter, adapts
 from plures.adapt._lay import Laid, count_trained, lay
 from plures.core.folder import options_of
+from rows import ADAPT, sites
 
 CASES = [
     pytest.param(name, options, id=f"{name}-{'-'.join(f'{k}{v}' for k, v in options.items())}")
@@ -89,7 +89,11 @@ def test_nothing_is_changed_in_place(name: str, options: dict[str, Any]) -> None
     laid = awake(lay(method, sites(), seed=1), method.frozen)
     site = laid.sites[0]
     own, pool = laid.own[site.name], pool_of(laid, site.name)
-    W, x, y = torch.randn(site.out, site.into).double(), torch.randn(5, site.into).double(), torch.randn(5, site.out).double()
+    W, x, y = (
+        torch.randn(site.out, site.into).double(),
+        torch.randn(5, site.into).double(),
+        torch.randn(5, site.out).double(),
+    )
     before = [t.clone() for t in (W, x, y, *own.values(), *pool.values())]
     method.weight(W, own, pool)
     method.forward(x, y, own, pool)
@@ -105,7 +109,7 @@ def test_every_trained_number_that_is_picked_gets_a_gradient_equal_to_the_defini
     laid = awake(lay(method, sites(layers=4), seed=1), method.frozen)
     trained = {
         (where, k): t.requires_grad_()
-        for where, leaves in ([*laid.own.items()] + [*laid.pool.items()])
+        for where, leaves in (*laid.own.items(), *laid.pool.items())
         for k, t in leaves.items()
         if t.is_floating_point() and k not in method.frozen
     }
@@ -126,7 +130,9 @@ def test_every_trained_number_that_is_picked_gets_a_gradient_equal_to_the_defini
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_the_same_seed_gives_the_same_tensors_whatever_the_order_of_the_sites(name: str, options: dict[str, Any]) -> None:
+def test_the_same_seed_gives_the_same_tensors_whatever_the_order_of_the_sites(
+    name: str, options: dict[str, Any]
+) -> None:
     method, given = adapts.make(name, **options), sites(layers=12 if name == "mos" else 4)
     shuffled = random.Random(0).sample(given, len(given))
     one, two, other = lay(method, given, 7), lay(method, shuffled, 7), lay(method, given, 8)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rows import sites
 
 from plures.adapt import adapts
 from plures.adapt._lay import count_trained, lay
 from plures.core.errors import WrongUse
 from plures.tensors.site import Site
+from rows import sites
 
 
 def llama(hidden: int, kv: int, ffn: int, layers: int = 32) -> list[Site]:
@@ -73,7 +73,7 @@ def test_pure_sharing_gives_every_layer_the_same_whole_pool() -> None:
             for s in laid.sites
             if laid.group_of[s.name] == group
         ]
-        B, A = method.factors(laid.own[laid.sites[0].name], pool)
+        _, A = method.factors(laid.own[laid.sites[0].name], pool)
         assert A.shape[0] == 2 * 4, "the rank is e times the layers"
         assert all(torch.equal(d, deltas[0]) for d in deltas)
 
@@ -109,9 +109,13 @@ def test_layers_of_one_type_with_other_shapes_get_pools_of_their_own_at_the_same
 def test_indices_take_the_narrowest_integer() -> None:
     small = lay(adapts.make("mos", r=2, l=2, e=2, p=0), sites(), 0)
     assert next(iter(small.own.values()))["index"].dtype == torch.uint8
-    wide = lay(adapts.make("mos", r=2, l=4, e=2, p=0), [Site(f"l.{i}.q", 8, 8) for i in range(40)], 0)
+    forty = [Site(f"l.{i}.q", 8, 8) for i in range(40)]
+    wide = lay(adapts.make("mos", r=2, l=4, e=2, p=0), forty, 0)
     assert next(iter(wide.own.values()))["index"].dtype == torch.int16
-    assert count_trained(adapts.make("mos", r=2, l=4, e=2, p=0), [Site(f"l.{i}.q", 8, 8) for i in range(40)]) == 2 * 16 * 40
+    assert (
+        count_trained(adapts.make("mos", r=2, l=4, e=2, p=0), [Site(f"l.{i}.q", 8, 8) for i in range(40)])
+        == 2 * 16 * 40
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
-from rows import ADAPT
 from torch import nn
 
 from plures.adapt import adapts
 from plures.tensors.site import Site
+from rows import ADAPT
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

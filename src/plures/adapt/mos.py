@@ -103,8 +103,10 @@ class Mos:
         public, private = self._rows(len(sites))
         if self.subset and (self.r - self.p) * self.l > public:
             most = public // self.l + self.p
-            raise WrongUse(f"mos.r = {self.r} is larger than the pool: {len(sites)} layers at e = {self.e:g}, p = {self.p} "
-                           f"hold {public // self.l} public vectors, so r is at most {most}; lower r or p, or raise e")  # fmt: skip
+            raise WrongUse(
+                f"mos.r = {self.r} is larger than the pool: {len(sites)} layers at e = {self.e:g}, p = {self.p} hold "
+                f"{public // self.l} public vectors, so r is at most {most}; lower r or p, or raise e"
+            )
         return {
             "A": uniform(rng, (public + private, site.into // self.l), site.into**-0.5),
             "B": torch.zeros(public + private, site.out // self.l),

@@ -74,7 +74,8 @@ def train_one(job: Job) -> dict[str, Any]:
     assert done.outcome.score is not None
     return {
         "tenant": job.tenant, "contender": job.contender.name, "seed": job.seed, "ref": done.version.ref,
-        "trained": done.version.trained, "n_bytes": done.version.n_bytes, "bits_per_byte": done.outcome.score.bits_per_byte,
+        "trained": done.version.trained, "n_bytes": done.version.n_bytes,
+        "bits_per_byte": done.outcome.score.bits_per_byte,
         "cpu_s": round(time.process_time() - start, 1), "run": str(done.run),
     }  # fmt: skip
 
@@ -113,8 +114,9 @@ def run(
     names, folder = chosen(tenants), _fresh(Path(out))
     from plures.flows.fleet import Fleet
 
-    say(f"base: {BASE.name} of {_facts().get('parameters', '2.8 million')} parameters, trained on the standard library of "
-        f"Python {_facts().get('python', '?')}; tenants: {', '.join(names)}")  # fmt: skip
+    facts = json.loads((BASE / "training.json").read_text())
+    say(f"base: a Llama of 2.8 million parameters, trained on {facts['tokens_seen'] / 1e6:.0f} million tokens of Python "
+        f"{facts['python']}'s standard library; tenants: {', '.join(names)}")  # fmt: skip
     fleet_path = folder / "demo.fleet"
     repeated = {n: write_tenant(n, folder / "data" / n).repeated_share for n in names}
     with Fleet(fleet_path, base=str(BASE)) as fleet:
@@ -161,11 +163,6 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _facts() -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((BASE / "training.json").read_text())
-    return facts
-
-
 def _train_all(jobs: list[Job], workers: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Train all jobs, one process and one thread each: at this size that beats one process with many threads."""
     workers = workers or min(4, os.cpu_count() or 1)
@@ -175,7 +172,8 @@ def _train_all(jobs: list[Job], workers: int, say: Callable[[str], None]) -> lis
             row = done.result()
             rows.append(row)
             say(
-                f"  {row['ref']:24s} {row['trained']:>8,} numbers  {row['bits_per_byte']:.4f} bits/byte  {row['cpu_s']:5.1f} CPU s"
+                f"  {row['ref']:24s} {row['trained']:>8,} numbers  {row['bits_per_byte']:.4f} bits/byte  "
+                f"{row['cpu_s']:5.1f} CPU s"
             )
     return sorted(rows, key=lambda r: (r["seed"], r["tenant"], r["contender"]))
 
@@ -212,9 +210,12 @@ def _table(told: dict[str, Any]) -> str:
         )
     means = told["summary"]["mean_bits_per_byte"]
     lines.append(f"{'mean':10s}{means['base']:>10.4f}" + "".join(f"{means[n]:>12.4f}" for n in names))
-    gain, behind = told["summary"]["mos_gain_at_equal_parameters"], told["summary"]["mos_behind_lora_of_8x"]
-    lines.append(f"MoS against LoRA at equal parameters: {gain:+.4f} bits per byte better, on {told['summary']['mos_wins_at_equal_parameters']} "
-                 f"pairs; against LoRA with 8x the parameters: {behind:+.4f} behind.")  # fmt: skip
+    means = told["summary"]
+    lines.append(
+        f"MoS against LoRA at equal parameters: {means['mos_gain_at_equal_parameters']:+.4f} bits per byte better, "
+        f"on {means['mos_wins_at_equal_parameters']} pairs; against LoRA with 8x the parameters: "
+        f"{means['mos_behind_lora_of_8x']:+.4f} behind."
+    )
     return "\n".join(lines)
 
 
@@ -243,8 +244,8 @@ def _curve(run: Path) -> list[tuple[int, float]]:
 def _farewell(fleet: Path, names: list[str], lora: Path, page: Path, told: dict[str, Any]) -> str:
     n = names[0]
     return f"""
-{len(told["rows"])} variants are in {fleet} ({told["usage"]["bytes"]:,} bytes, fsck clean: {not told["fsck"]}); {n}'s is also
-exported as plain LoRA in {lora}. The page with the curves: {page}
+{len(told["rows"])} variants are in {fleet} ({told["usage"]["bytes"]:,} bytes, fsck clean: {not told["fsck"]});
+{n}'s is also exported as plain LoRA in {lora}. The page with the curves: {page}
 That took {told["seconds"]:.0f} s. Look around (plures is in .venv/bin):
   plures list --fleet {fleet}
   plures generate {n}-mos-e1@prod base -p 'def main(' --fleet {fleet}
