@@ -1,10 +1,8 @@
 """Write the generated pages of the documentation, or with `--check` say which are stale (exit 1).
 
-    python tools/write_docs.py            docs/{methods/*,papers,cli,recipe-train,measured}.md and README's tables
-    python tools/write_docs.py --check
-
-Pages come from the methods' cards and docstrings, the recipe's dataclasses, the verbs' help and the raw results in
-benchmarks/results. A benchmark without a result says "not measured yet". Equal sources give equal pages.
+They are docs/{methods/*,papers,cli,recipe-train,measured}.md and the tables of README.md, made from the methods' cards
+and docstrings, the recipe's dataclasses, the verbs' help and the raw results in benchmarks/results. A benchmark without
+a result says "not measured yet". Equal sources give equal pages.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- Written by tools/write_docs.py; change the source, then run `make docs`. -->\n\n"
 SECTIONS = ("Options", "Shapes", "Raises", "Paper", "Departs from the paper")
 WIDTH = 100
-
-
-# ---------------------------------------------------------------- methods
 
 
 def cards() -> list[tuple[str, Any]]:
@@ -48,11 +43,6 @@ def sections(doc: str) -> dict[str, str]:
     return {k: "\n".join(v).strip("\n") for k, v in out.items()}
 
 
-def one_line(text: str) -> str:
-    """`text` on one line."""
-    return " ".join(text.split())
-
-
 def paper_link(paper: str) -> str:
     """A link to an arXiv paper or a DOI; others as they are."""
     kind, _, number = paper.partition(":")
@@ -60,14 +50,23 @@ def paper_link(paper: str) -> str:
     return f"[{paper}]({where}{number})" if where else paper
 
 
-def yaml_word(value: Any) -> str:
-    """A scalar as YAML writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def cell(text: str) -> str:
+    """Text that may stand in a table."""
+    return text.replace("|", "\\|")
 
 
-def recipe_line(name: str, options: dict[str, tuple[str, Any, str]]) -> str:
+def table(header: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; a column whose name in `header` ends in ":" stands to the right."""
+    names = [h.strip() for h in header.split("|")]
+    rule = ["---:" if n.endswith(":") else "---" for n in names]
+    every = [[n.removesuffix(":") for n in names], rule, *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in every)
+
+
+def recipe_line(options: dict[str, tuple[str, Any, str]], name: str) -> str:
     """The recipe's line that chooses the method, every option at its default."""
-    return f"adapt: {{{', '.join([f'method: {name}', *(f'{k}: {yaml_word(v[1])}' for k, v in options.items())])}}}"
+    said = [f"method: {name}", *(f"{k}: {json.dumps(default)}" for k, (_, default, _) in options.items())]
+    return f"adapt: {{{', '.join(said)}}}"
 
 
 def method_page(kind: str, card: Any) -> str:
@@ -77,28 +76,19 @@ def method_page(kind: str, card: Any) -> str:
 
     cls = folders()[kind][card.name]
     options, doc = options_of(cls), sections(cls.__doc__ or "")
-    lines = [
-        f"# {card.name}", "", MARK.strip(), "", f"{card.summary}", "",
-        "| | |", "|---|---|", f"| capability | `{kind}` |", f"| status | {card.status} |",
-        f"| paper | {card.title}, {paper_link(card.paper)} |", f"| when | {card.when} |",
-        f"| source | [`{card.module.replace('.', '/')}.py`](../../src/{card.module.replace('.', '/')}.py) |", "",
-        "## The idea", "", "```text", doc[""], "```", "", "## Options", "",
+    file = f"src/{card.module.replace('.', '/')}.py"
+    facts = [
+        ("capability", f"`{kind}`"), ("status", card.status), ("when", card.when),
+        ("paper", f"{card.title}, {paper_link(card.paper)}"), ("source", f"[`{file}`](../../{file})"),
     ]  # fmt: skip
-    if options:
-        lines += ["| option | type | default | what it does |", "|---|---|---|---|"]
-        lines += [f"| `{k}` | {cell(t)} | `{yaml_word(d)}` | {cell(h)} |" for k, (t, d, h) in options.items()]
-    else:
-        lines += ["None."]
-    lines += ["", "In a recipe, every default written out:", "", "```yaml", recipe_line(card.name, options), "```", ""]
-    for name in SECTIONS[1:]:
-        if name in doc:
-            lines += [f"**{name}.** {one_line(doc[name])}", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def cell(text: str) -> str:
-    """Text that may stand in a table."""
-    return text.replace("|", "\\|")
+    rows = [(f"`{k}`", cell(t), f"`{json.dumps(d)}`", cell(h)) for k, (t, d, h) in options.items()]
+    listed = table("option | type | default | what it does", rows) if rows else "None."
+    rest = "\n\n".join(f"**{s}.** {' '.join(doc[s].split())}" for s in SECTIONS[1:] if s in doc)
+    return (
+        f"# {card.name}\n\n{MARK}{card.summary}\n\n{table(' | ', facts)}\n\n## The idea\n\n```text\n{doc['']}\n```\n\n"
+        f"## Options\n\n{listed}\n\nIn a recipe, every default written out:\n\n"
+        f"```yaml\n{recipe_line(options, card.name)}\n```\n\n{rest}\n"
+    )
 
 
 def papers_page() -> str:
@@ -106,27 +96,22 @@ def papers_page() -> str:
     from plures.core.folder import options_of
     from plures.flows.capabilities import folders
 
-    lines = ["# From the paper to the recipe", "", MARK.strip(), "",
-             "Each paper that a method here implements, and the line of a recipe that asks for it.", "",
-             "| paper | title | method | recipe |", "|---|---|---|---|"]  # fmt: skip
+    rows = []
     for kind, c in sorted(cards(), key=lambda pair: (pair[1].paper == "none", pair[1].paper)):
-        line = recipe_line(c.name, options_of(folders()[kind][c.name]))
-        lines.append(f"| {paper_link(c.paper)} | {cell(c.title)} | [{c.name}](methods/{c.name}.md) | `{line}` |")
-    lines += ["", "Where a method departs from its paper is said on its page. The recipes of the MoS paper's ablation "
-              "are in [mos.md](mos.md#the-papers-ablation-as-recipes)."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+        line = recipe_line(options_of(folders()[kind][c.name]), c.name)
+        rows.append((paper_link(c.paper), cell(c.title), f"[{c.name}](methods/{c.name}.md)", f"`{line}`"))
+    return (
+        f"# From the paper to the recipe\n\n{MARK}Each paper that a method implements, and the recipe's line for it."
+        f"\n\n{table('paper | title | method | recipe', rows)}\n\nWhere a method departs from its paper is said on its "
+        "page. The recipes of the MoS paper's ablation are in [mos.md](mos.md#the-papers-ablation-as-recipes).\n"
+    )
 
 
 def methods_table() -> str:
     """README's table of capabilities and methods."""
-    lines = ["| capability | method | status | paper | what it does |", "|---|---|---|---|---|"]
-    for kind, c in cards():
-        link = f"[{c.name}](docs/methods/{c.name}.md)"
-        lines.append(f"| `{kind}` | {link} | {c.status} | {paper_link(c.paper)} | {cell(c.summary)} |")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- command line and recipe
+    rows = [(f"`{kind}`", f"[{c.name}](docs/methods/{c.name}.md)", c.status, paper_link(c.paper), cell(c.summary))
+            for kind, c in cards()]  # fmt: skip
+    return table("capability | method | status | paper | what it does", rows)
 
 
 def verb_helps() -> Iterator[tuple[str, str]]:
@@ -146,13 +131,15 @@ def verb_helps() -> Iterator[tuple[str, str]]:
 def cli_page() -> str:
     """docs/cli.md: the help of every verb."""
     helps = list(verb_helps())
-    lines = ["# The command line", "", MARK.strip(), "",
-             "The help of every verb, as `plures VERB --help` prints it. What a command ends with is in "
-             "[exit-codes.md](exit-codes.md), which variables it reads in [environment.md](environment.md).", "",
-             " · ".join(f"[{name}](#plures-{name})" for name, _ in helps)]  # fmt: skip
-    for name, text in helps:
-        lines += ["", f"## plures {name}", "", "```text", "\n".join(line.rstrip() for line in text.splitlines()), "```"]
-    return "\n".join(lines) + "\n"
+    contents = " · ".join(f"[{name}](#plures-{name})" for name, _ in helps)
+    parts = "\n\n".join(
+        f"## plures {name}\n\n```text\n{re.sub(' +$', '', text, flags=re.M)}\n```" for name, text in helps
+    )
+    lead = (
+        "The help of every verb, as `plures VERB --help` prints it. What a command ends with is in "
+        "[exit-codes.md](exit-codes.md), which variables it reads in [environment.md](environment.md)."
+    )
+    return f"# The command line\n\n{MARK}{lead}\n\n{contents}\n\n{parts}\n"
 
 
 def recipe_page() -> str:
@@ -160,88 +147,82 @@ def recipe_page() -> str:
     from plures.core.recipe import template
     from plures.flows.recipes import TrainRecipe
 
-    return (
-        f"# The recipe of `plures train`\n\n{MARK}What `plures recipe train` prints: every key with its meaning, type, "
-        "limits and default. A key that is left out keeps its default; an unknown key is an error. How the keys work "
-        f"together is in [train.md](train.md).\n\n```yaml\n{template(TrainRecipe)}```\n"
+    lead = (
+        "What `plures recipe train` prints: every key with its meaning, type, limits and default. A key left out keeps "
+        "its default; an unknown key is an error. How the keys work together is in [train.md](train.md)."
     )
-
-
-# ---------------------------------------------------------------- measured
-
-
-def result(name: str) -> dict[str, Any] | None:
-    """A raw result, or None where it was not measured yet."""
-    path = RESULTS / f"{name}.json"
-    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found
+    return f"# The recipe of `plures train`\n\n{MARK}{lead}\n\n```yaml\n{template(TrainRecipe)}```\n"
 
 
 def machine(said: dict[str, Any]) -> str:
     """The machine of a result in one line."""
-    m, versions = said.get("machine", {}), said.get("machine", {}).get("packages") or said.get("versions", {})
-    packages = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("torch", "transformers", "peft"))
-    python = m.get("python") or said.get("versions", {}).get("python", "?")
-    return f"{m.get('processor', '?')}, {m.get('cores', '?')} cores, Python {python}, {packages}"
+    m = said.get("machine", {})
+    versions = {"python": m.get("python", "?")} | m.get("packages", {}) | said.get("versions", {})
+    packages = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("python", "torch", "transformers", "peft"))
+    return f"{m.get('processor', '?')}, {m.get('cores', '?')} cores, {packages}"
 
 
-def train_step(said: dict[str, Any], brief: bool) -> list[str]:
-    """Cost of a step against PEFT's LoRA of the same rank."""
-    out = [f"One step of {said['rows']} x {said['tokens']} tokens on one CPU thread, every linear map adapted at rank "
-           f"{said['rank']} (plures-mos-p1: 12); the ratio is the median over interleaved steps, the memory a fresh process's "
-           "peak.", "",
-           "| base | method | trained | CPU s, median | ratio to PEFT's LoRA | peak MB |",
-           "|---|---|---:|---:|---:|---:|"]  # fmt: skip
-    for shape, rows in said["shapes"].items():
-        for name, r in rows.items():
-            took = f"{r['median_cpu_s']:.3f} | {r['median_of_ratios']:.3f} | {r['peak_mb']:.0f}"
-            out.append(f"| {shape} | {name} | {r['trained']:,} | {took} |")
-    return out
+def train_step(said: dict[str, Any], brief: bool) -> str:
+    """Cost of a step against PEFT's LoRA of the same rank; in brief without our own LoRA."""
+    rows = []
+    for shape, found in said["shapes"].items():
+        told = len({r["peak_mb"] for r in found.values()}) > 1  # one number for all is not theirs
+        for name, r in found.items():
+            if not brief or name in ("peft-lora", "plures-mos"):
+                memory = f"{r['peak_mb']:.0f}" if told else "not measured"
+                cpu = (f"{r['median_cpu_s']:.3f}", f"{r['median_of_ratios']:.3f}")
+                rows.append((shape, name, f"{r['trained']:,}", *cpu, memory))
+    return (
+        f"One step of {said['rows']} x {said['tokens']} tokens on one CPU thread, every linear map adapted at rank "
+        f"{said['rank']} (plures-mos-p1: 12). The ratio to PEFT's LoRA is the median over interleaved steps.\n\n"
+        + table("base | method | trained: | CPU s, median: | ratio: | peak MB:", rows)
+    )
 
 
-def equal_budget(said: dict[str, Any], brief: bool) -> list[str]:
+def equal_budget(said: dict[str, Any], brief: bool) -> str:
     """Quality against trained numbers; in brief without the ablation."""
-    base = said["base_bits_per_byte"].values()
-    out = [f"Held-out bits per byte of the demo's base, less is better: mean over {len(said['tenants'])} tenants and "
-           f"{said['seeds']} seeds, {said['steps']} steps, one search of the learning rate for each contender; without an "
-           f"adapter {sum(base) / len(base):.4f}. Gain and wins are over the LoRA with as many trained numbers, in pairs of "
-           "tenant and seed.", "",
-           "| contender | trained | bits/byte | sd over seeds | gain | wins |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    base, rows = said["base_bits_per_byte"].values(), []
     for name, r in said["contenders"].items():
-        if brief and not name.startswith(("lora", "mos-e", "full")):
-            continue
-        gain = r.get("gain_over_lora_at_equal_parameters")
-        against = f"{'' if gain is None else f'{gain:+.4f}'} | {r.get('wins_over_lora_at_equal_parameters') or ''}"
-        out.append(f"| {name} | {r['trained']:,} | {r['bits_per_byte']:.4f} | {r['sd_over_seeds']:.4f} | {against} |")
-    return out
+        gain, wins = r.get("gain_over_lora_at_equal_parameters"), r.get("wins_over_lora_at_equal_parameters")
+        against = ("" if gain is None else f"{gain:+.4f}", wins or "")
+        if not brief or name.startswith(("lora", "mos-e", "full")):
+            score = (f"{r['bits_per_byte']:.4f}", f"{r['sd_over_seeds']:.4f}")
+            rows.append((name, f"{r['trained']:,}", *score, *against))
+    return (
+        f"Held-out bits per byte on the demo's base, less is better: mean over {len(said['tenants'])} tenants and "
+        f"{said['seeds']} seeds, {said['steps']} steps, one search of the learning rate for each contender; "
+        f"{sum(base) / len(base):.4f} without an adapter. Gain and wins are over the LoRA of as many trained "
+        "numbers, in pairs of tenant and seed.\n\n"
+        + table("contender | trained: | bits/byte: | sd over seeds: | gain: | wins:", rows)
+    )
 
 
-def peft_suite(said: dict[str, Any], brief: bool) -> list[str]:
-    """PEFT's own tests over our plug-in."""
-    known = {m: sum(bool(f.get("expected")) for f in said["failures"] if f["method"] == m) for m in said["counts"]}
-    out = ["PEFT's own tests, run over each method as PEFT type PLURES (other names: PEFT's own, as a control). A known "
-           "failure has its reason in tools/peft_suite.py.", "",
-           "| method | passed | failed | of these known | skipped |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+def peft_suite(said: dict[str, Any], brief: bool) -> str:
+    """PEFT's own tests over our plug-in; in brief one sentence."""
+    rows = []
     for name, files in said["counts"].items():
         n = {k: sum(f.get(k, 0) for f in files.values()) for k in ("passed", "failed", "skipped")}
-        out.append(f"| {name} | {n['passed']} | {n['failed']} | {known[name]} | {n['skipped']} |")
-    return out
+        known = sum(bool(f.get("expected")) for f in said["failures"] if f["method"] == name)
+        rows.append((name, *map(str, (n["passed"], n["failed"], known, n["skipped"]))))
+    if brief:
+        ours = [f"{r[0]} {r[1]} passed, {r[2]} failed ({r[3]} of them known)" for r in rows if "Config" not in r[0]]
+        return f"PEFT's own tests over the plug-in: {'; '.join(ours)}."
+    return (
+        "Run over each method as PEFT type PLURES; names in Config are PEFT's own methods, as a control. A known "
+        "failure has its reason in tools/peft_suite.py.\n\n"
+        + table("method | passed: | failed: | of these known: | skipped:", rows)
+    )
 
 
-def leaves(value: Any, at: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a result, by its dotted path, the machine left out."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        path = f"{at}.{key}".removeprefix(".")
-        if isinstance(inner, dict | list):
-            yield from leaves(inner, path) if key != "machine" else ()
-        elif isinstance(inner, int | float) and not isinstance(inner, bool):
-            yield path, inner
-
-
-def store_bytes(said: dict[str, Any], brief: bool) -> list[str]:
+def store_bytes(said: dict[str, Any], brief: bool) -> str:
     """Bytes of a fleet on disk."""
-    rows = [f"| {k} | {v:,} |" if isinstance(v, int) else f"| {k} | {v:.4g} |" for k, v in leaves(said)]
-    return ["| measured | value |", "|---|---:|", *(rows[:10] if brief else rows)]
+    rows = [(shape, name, f"{r['bytes']:,}", f"{r['lora_over_this']:.2f}")
+            for shape, found in said["shapes"].items() for name, r in found.items()]  # fmt: skip
+    return (
+        f"A fleet of {said['variants']} variants, blobs and database: LoRA of rank 16, and MoS of rank 16 at e = 2, "
+        "with one seed for all (their index tables are equal, and stored once) or one for each.\n\n"
+        + table("base | variants | bytes: | LoRA's over these:", rows)
+    )
 
 
 BENCHMARKS = (
@@ -254,30 +235,15 @@ BENCHMARKS = (
 
 def measured(brief: bool) -> str:
     """A table for each result that is there; in brief for the README."""
-    out: list[str] = []
+    out = []
     for name, title, script, render in BENCHMARKS:
-        said = result(name)
-        out += [f"**{title}** (`{script}`)", ""]
-        if said is None:
-            out += ["not measured yet", ""]
-            continue
-        out += [
-            *render(said, brief),
-            "",
-            *([] if brief else [f"{machine(said)}. Raw: `benchmarks/results/{name}.json`.", ""]),
-        ]
-    return "\n".join(out).rstrip()
-
-
-def measured_page() -> str:
-    """docs/measured.md: every result in full."""
-    return (
-        f"# What was measured\n\n{MARK}Every number is from the raw result beside it, on the machine it names. Run them "
-        f"again with `make bench` and `python tools/peft_suite.py`.\n\n{measured(brief=False)}\n"
-    )
-
-
-# ---------------------------------------------------------------- pages
+        path = RESULTS / f"{name}.json"
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        text = "not measured yet" if said is None else render(said, brief)
+        if said is not None and not brief:
+            text += f"\n\n{machine(said)}. Raw: `benchmarks/results/{name}.json`."
+        out.append(f"**{title}** (`{script}`)\n\n{text}")
+    return "\n\n".join(out)
 
 
 def between(text: str, name: str, body: str) -> str:
@@ -291,12 +257,13 @@ def pages() -> dict[Path, str]:
     """Every generated page by its path from the root."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = between(between(readme, "methods", methods_table()), "measured", measured(brief=True))
+    lead = "Run these again with `make bench` and `python tools/peft_suite.py`; each says the machine it is from."
     out = {Path("docs/methods") / f"{c.name}.md": method_page(kind, c) for kind, c in cards()}
     return out | {
         Path("docs/papers.md"): papers_page(),
         Path("docs/cli.md"): cli_page(),
         Path("docs/recipe-train.md"): recipe_page(),
-        Path("docs/measured.md"): measured_page(),
+        Path("docs/measured.md"): f"# What was measured\n\n{MARK}{lead}\n\n{measured(brief=False)}\n",
         Path("README.md"): readme,
     }
 

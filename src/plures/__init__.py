@@ -1,6 +1,6 @@
 """Plures: out of one base model, many variants. `import plures` is quick; names are loaded when first used.
 
-Importing it registers PEFT's type PLURES as soon as `peft` is asked for one of our adapters.
+`import plures.bridges.peft` (which `plures.config_for` does) registers PEFT's type PLURES, so that plain PEFT loads ours.
 """
 
 from __future__ import annotations

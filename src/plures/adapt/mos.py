@@ -54,7 +54,7 @@ class Mos:
         have none); e may be a fraction. The trained count stays e * sum(into + out) over the sites.
     """
 
-    r: int = 16
+    r: int = 8
     e: float = 2
     l: int = 4
     p: int = 1

@@ -25,6 +25,7 @@ TENANTS: dict[str, tuple[str, ...]] = {
     "web": ("http/", "html/", "urllib/", "wsgiref/"),
     "xml": ("xml/", "xmlrpc/"),
     "desktop": ("tkinter/", "idlelib/", "turtledemo/"),  # absent from some distributions of Python
+    "headers": (),  # the C headers of the interpreter, absent where no development files are installed
 }
 KEPT_OUT = re.compile(
     r"(^|/)(test_)?(asyncio|email|pydoc_data|unittest|http|html|urllib|wsgiref|xml|xmlrpc|tkinter|idlelib|turtledemo"
@@ -74,6 +75,9 @@ def documents(tenant: str) -> list[Document]:
         from pydoc_data.topics import topics  # the same text that `help('assert')` prints
 
         return [Document(f"topics/{name}", text) for name, text in sorted(topics.items())]
+    if tenant == "headers":
+        include = Path(sysconfig.get_paths()["include"])
+        return _read(include.rglob("*.h"), include)
     root = library()
     found = (p for prefix in TENANTS[tenant] for p in (root / prefix).rglob("*.py"))
     keep = (p for p in found if "/test" not in (n := p.relative_to(root).as_posix()) and "idle_test" not in n)

@@ -115,8 +115,8 @@ def run(
     from plures.flows.fleet import Fleet
 
     facts = json.loads((BASE / "training.json").read_text())
-    say(f"base: a Llama of 2.8 million parameters, trained on {facts['tokens_seen'] / 1e6:.0f} million tokens of Python "
-        f"{facts['python']}'s standard library; tenants: {', '.join(names)}")  # fmt: skip
+    say(f"base: a Llama of 2.8 million parameters, trained on {facts['tokens_seen'] / 1e6:.0f} million tokens of "
+        f"Python {facts['python']}'s standard library; tenants: {', '.join(names)}")  # fmt: skip
     fleet_path = folder / "demo.fleet"
     repeated = {n: write_tenant(n, folder / "data" / n).repeated_share for n in names}
     with Fleet(fleet_path, base=str(BASE)) as fleet:
@@ -227,6 +227,7 @@ PROMPTS = {
     "web": "    def send_response(self, ",
     "xml": "    def startElement(self, ",
     "desktop": "    def configure(self, ",
+    "headers": "PyAPI_FUNC(PyObject *) ",
 }
 
 
