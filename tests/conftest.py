@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tiny import METHODS, NOUNS, QUICK, make_base, sentences, write_rows
+
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-
-CHAT = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
-NOUNS = "parcel invoice battery garden engine teapot ladder window printer bicycle".split()
-VERBS = "arrived broke leaked rattled vanished melted stopped burned".split()
-
 
 class NetworkUsed(OSError):
     """A test touched the network."""
@@ -49,46 +42,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("PLURES_FLEET", "PLURES_DEBUG"):
         monkeypatch.delenv(name, raising=False)
-
-
-def sentences(n: int, seed: int = 0) -> list[str]:
-    """English-looking sentences of a small vocabulary, all different in their number."""
-    rng = random.Random(seed)
-    return [f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} near the {rng.choice(NOUNS)} {i}." for i in range(n)]
-
-
-def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def make_base(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """A Llama of 3 layers and width 32 with random weights, and a byte-level BPE tokenizer, saved in `folder`."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet,
-                                  show_progress=False)  # fmt: skip
-    raw.train_from_iterator(sentences(200), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
-    tokenizer.chat_template = CHAT
-    settings = {
-        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "eos_token_id": 0,
-        "num_key_value_heads": 1, "intermediate_size": 64, "max_position_embeddings": 128, "initializer_range": 0.3,
-        "bos_token_id": None, "pad_token_id": 1, "tie_word_embeddings": False,
-    }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -125,23 +78,15 @@ def make_fleet(tmp_path: Path, base_folder: Path) -> Callable[..., Path]:
     return make
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "mos": {"r": 4, "e": 2, "l": 2, "p": 1, "lr": 3e-2},
-    "lora": {"r": 2, "alpha": 4.0, "lr": 1e-2},
-    "vera": {"r": 8, "lr": 1e-1},
-    "full": {"lr": 2e-3},
-}
-
-
 @pytest.fixture(scope="session")
 def trained_fleet(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, text_rows: Path) -> Path:
-    """A fleet with one short-trained variant of every method, named after it. Look, do not touch: `own_fleet` is yours."""
+    """A fleet with one short-trained variant of every method, named after it. To look at: `own_fleet` is a copy."""
     import plures
 
     path = tmp_path_factory.mktemp("trained") / "acme.fleet"
     with plures.Fleet(path, base=str(base_folder)) as fleet:
         for method, settings in METHODS.items():
-            fleet.train(method, text_rows, method=method, steps=8, batch_rows=4, max_tokens=32, save_every=0, **settings)
+            fleet.train(method, text_rows, method=method, **QUICK, **settings)
     return path
 
 

@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_leaves_the_last_checkpoint(tm
                 model.table.register_hook(lambda g: g * math.nan)
             return super().at(step)
 
-    with pytest.raises(BadInput, match="not finite at step 2.*lower the learning rate 0.1") as caught:
+    with pytest.raises(BadInput, match=r"not finite at step 2.*lower the learning rate 0\.1") as caught:
         t.fit(Spoiling(batch(0)))
     assert "\n" not in str(caught.value)
     assert json.loads(safe.metadata(t.checkpoint)["progress"])["step"] == 2
@@ -511,7 +511,7 @@ def test_gradient_checkpointing_changes_nothing(adapted: Callable[[], Any], tmp_
 
 
 def test_autocast_runs_close_to_float32_and_keeps_the_adapter_in_it(adapted: Callable[[], Any], tmp_path: Path) -> None:
-    plain, losses = run(adapted(), tmp_path / "a")
+    _, losses = run(adapted(), tmp_path / "a")
     cast, cast_losses = run(adapted(), tmp_path / "b", autocast=True)
     assert cast_losses != losses
     assert cast_losses == pytest.approx(losses, rel=0.05)

@@ -11,7 +11,8 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def capture(model: Any, adapter: str, base: BaseRef, provenance: Mapping[str, An
     assert layers, f"the model has no adapter {adapter!r}"
     config: PluresConfig = model.peft_config[adapter]
     method = layers[0].methods[adapter]
-    sites = tuple(layer.sites[adapter] for layer in layers)
-    owned = {s.name: method.group(s) for s in sites}
+    found = [layer.sites[adapter] for layer in layers]
+    owned = {s.name: method.group(s) for s in found}
+    sites = tuple(s for members in grouped(found, owned).values() for s in members)  # one order, whoever made it
     pools = {
         owned[layer.sites[adapter].name]: _copied(layer.plures_pool[adapter].tensors())  # type: ignore[operator]
         for layer in layers
@@ -56,7 +58,7 @@ def capture(model: Any, adapter: str, base: BaseRef, provenance: Mapping[str, An
         if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save
         for key, t in m.modules_to_save[adapter].state_dict().items()
     }
-    return Variant(config.method, dict(config.options), base, sites, owned, own, pools, extra, dict(provenance))
+    return Variant(config.method, asdict(method), base, sites, owned, own, pools, extra, dict(provenance))
 
 
 def put_on(model: Any, config: PluresConfig, slot: str, low_cpu_mem_usage: bool = False) -> Any:
@@ -67,6 +69,16 @@ def put_on(model: Any, config: PluresConfig, slot: str, low_cpu_mem_usage: bool 
             model.add_adapter(slot, config, low_cpu_mem_usage=low_cpu_mem_usage)
             return model
         return get_peft_model(model, config, adapter_name=slot, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def take_off(model: Any) -> Any:
+    """The base under a PEFT model, as it was. PEFT's own `unload` leaves trained modules_to_save in it."""
+    saved = {_bare(n): m.original_module for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    base = model.unload()
+    for name, module in saved.items():
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, module)
+    return base
 
 
 def attach(model: Any, variant: Variant, slot: str) -> Any:
@@ -97,7 +109,25 @@ def attach(model: Any, variant: Variant, slot: str) -> Any:
                 m.modules_to_save[slot].load_state_dict(
                     {k.removeprefix(_bare(name) + "."): t for k, t in found.items()}, assign=True
                 )
+    for m in model.modules():
+        if isinstance(m, ModulesToSaveWrapper):
+            for other in (n for n in model.peft_config if n not in m.modules_to_save):
+                m.modules_to_save[other] = m.original_module
+                m._adapters.add(other)
+            m._mixed_batch_forward = partial(_by_row, m)
     return model
+
+
+def _by_row(wrapper: Any, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
+    """A whole module of one adapter in a batch of several: each row by its own.
+
+    PEFT's version takes linear maps and embeddings only, and fails on the rows of an adapter that has no such module.
+    """
+    y: Tensor = wrapper.original_module(x, *args, **kwargs)
+    for name in (n for n in dict.fromkeys(adapter_names) if n in wrapper.modules_to_save):
+        rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+        y = y.index_copy(0, rows, wrapper.modules_to_save[name](x[rows], *args, **kwargs))
+    return y
 
 
 def _bare(name: str) -> str:
@@ -127,7 +157,7 @@ def as_lora(variant: Variant) -> Variant:
         own[site.name] = {"A": A.contiguous().clone(), "B": B.contiguous().clone()}
         rank = max(rank, A.shape[0])
     facts = {**variant.provenance, "was": {"method": variant.method, "options": dict(variant.options)}}
-    return Variant("lora", {"r": rank, "alpha": float(rank)}, variant.base, variant.sites,
+    return Variant("lora", asdict(adapts.make("lora", r=rank, alpha=float(rank))), variant.base, variant.sites,
                    dict.fromkeys(variant.group_of, ""), own, {}, variant.extra, facts)  # fmt: skip
 
 
@@ -265,11 +295,11 @@ def model_card(variant: Variant, name: str = "") -> str:
     plain = variant.method == "lora"
     options = ", ".join(f"{k}={v}" for k, v in variant.options.items()) or "defaults"
     load = (
-        "from peft import AutoPeftModelForCausalLM\n" if plain else "import plures  # registers PEFT's type PLURES\n"
+        "from peft import AutoPeftModelForCausalLM\n" if plain else "import plures.bridges.peft  # registers PEFT's type PLURES\n"
         "from peft import AutoPeftModelForCausalLM\n"
     ) + "model = AutoPeftModelForCausalLM.from_pretrained('this/folder')"  # fmt: skip
     note = "" if plain else (
-        "\nPlain PEFT cannot load this folder without `import plures`. `plures export --as lora` writes one that needs "
+        "\nPlain PEFT cannot load this folder without `import plures.bridges.peft`. `plures export --as lora` writes one that needs "
         "nothing of ours.\n"
     )  # fmt: skip
     facts = "\n".join(
@@ -303,7 +333,7 @@ def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str,
     kind = config.get("peft_type")
     if kind not in ("PLURES", "LORA"):
         raise BadInput(f"{str(folder)!r} holds an adapter of type {kind!r}; Plures reads LORA and PLURES. "
-                       "Other PEFT types that add to the weight can be converted with PEFT's convert_to_lora.")  # fmt: skip
+                       "Other PEFT types that add to the weight: use PEFT's convert_to_lora first.")  # fmt: skip
     ours = folder / MANIFEST
     said = _json(ours) if ours.is_file() else None
     if said is not None:
@@ -314,6 +344,9 @@ def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str,
             raise BadInput(f"{str(folder)!r} is an adapter of another base: made for {told.get('name')!r} "
                            f"({told['hash'][:12]}), this fleet's is {base.name!r} ({base.hash[:12]})")  # fmt: skip
         _check_hashes(folder, tensors, hashes)
+        plain = said.get("method") == "lora"
+        facts = {} if plain else {"method": said.get("method"), "options": said.get("options")}
+        _agree(folder, config, {"peft_type": "LORA" if plain else "PLURES"} | facts)
     if config.get("bias", "none") != "none":
         raise BadInput(f"{str(folder)!r} trains biases (bias={config['bias']!r}), which a variant does not hold; "
                        "merge it into the base with PEFT")  # fmt: skip
@@ -323,18 +356,18 @@ def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str,
         variant = _from_plures(folder, config, tensors, shapes)
     if said is not None:  # the manifest knows sites, groups and provenance better than PEFT's config does
         variant = from_flat(said | {"tensors": None}, variant.flat(), str(folder))
-        _check_config(folder, config, variant)
+        if kind == "LORA":
+            scales = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+            _agree(folder, config, {k: v for k, v in _lora_config(variant).items() if k in scales})
     _check_shapes(folder, variant, shapes)
     _check_whole(folder, variant, config.get("modules_to_save") or (), whole)
     return replace(variant, base=base)
 
 
-def _check_config(folder: Path, config: Mapping[str, Any], variant: Variant) -> None:
-    """Our two descriptions of one folder agree on what the tensors mean."""
-    want = _lora_config(variant) if variant.method == "lora" else _plures_config(variant)
-    decisive = ("peft_type", "method", "options", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    for key in decisive:
-        if (config.get(key) or None) != (want.get(key) or None):
+def _agree(folder: Path, config: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    """PEFT's config and our manifest say the same of what the tensors mean."""
+    for key, value in want.items():
+        if (config.get(key) or None) != (value or None):
             raise BadInput(f"{str(folder)!r}: {CONFIG} has {key} = {config.get(key)!r}, which is not what {MANIFEST} "
                            f"says; restore it, or remove {MANIFEST} to read the folder as PEFT does")  # fmt: skip
 
@@ -389,7 +422,10 @@ def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         raise BadInput(f"{str(folder)!r}: format_version {config.get('format_version')!r} is not {FORMAT_VERSION}; "
                        "it was written by another Plures")  # fmt: skip
     options, name = dict(config.get("options", {})), str(config.get("method"))
-    method = adapts.make(name, **options)
+    try:
+        method = adapts.make(name, **options)
+    except WrongUse as error:
+        raise BadInput(f"{str(folder)!r}: {' '.join(str(error).split())}") from error
     own: dict[str, dict[str, Tensor]] = {}
     held: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
@@ -399,9 +435,11 @@ def _from_plures(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
             (own if found[2] == "own" else held).setdefault(found[1], {})[found[3]] = t
         else:
             extra[key.removeprefix(PREFIX)] = t
-    unknown = sorted(set(own) - set(shapes))
+    unknown, lost = sorted(set(own) - set(shapes)), sorted(set(held) - set(own))
     if unknown:
         raise BadInput(f"{str(folder)!r} is an adapter of another base: this one has no site {unknown[0]!r}")
+    if lost:
+        raise BadInput(f"{str(folder / WEIGHTS)!r} has a pool at {lost[0]!r} and lacks that site's own tensors")
     bare = [Site(s, *shapes[s]) for s in own]
     group_of = {s.name: method.group(s) for s in bare}
     sites = tuple(s for members in grouped(bare, group_of).values() for s in members)
@@ -432,8 +470,9 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
                 f"{str(folder)!r} uses {word} ({key}), which is no plain LoRA; merge it into the base with PEFT"
             )
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise BadInput(f"{str(folder)!r} began as {config['init_lora_weights']!r}, which also changes the base's own "
-                       "weights; convert it to plain LoRA with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
+        start = config["init_lora_weights"]
+        raise BadInput(f"{str(folder)!r} began as {start!r}, which also changes the base's own weights; convert it to "
+                       "plain LoRA with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
     own: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
     for key, t in tensors.items():
@@ -460,10 +499,12 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
         scale = float(_by_pattern(alphas, site, alpha)) / (rank**0.5 if method.rslora else rank)
         if scale != method.scale and not ours:
             leaves["B"] = leaves["B"] * (scale / method.scale)
-    sites = tuple(Site(s, int(v["B"].shape[0]), int(v["A"].shape[1])) for s, v in own.items())
+    group_of = dict.fromkeys(own, "")
+    bare = [Site(s, int(v["B"].shape[0]), int(v["A"].shape[1])) for s, v in own.items()]
+    sites = tuple(s for members in grouped(bare, group_of).values() for s in members)
     options = {"r": r, "alpha": alpha, "rslora": method.rslora}
-    return Variant("lora", options, BaseRef(str(config.get("base_model_name_or_path"))), sites,
-                   {s.name: "" for s in sites}, own, {}, extra)  # fmt: skip
+    ref = BaseRef(str(config.get("base_model_name_or_path")))
+    return Variant("lora", options, ref, sites, group_of, own, {}, extra)
 
 
 def _by_pattern(patterns: Mapping[str, Any], site: str, otherwise: Any) -> Any:
@@ -476,8 +517,8 @@ def _check_shapes(folder: Path, variant: Variant, shapes: Shapes) -> None:
     for site in variant.sites:
         if shapes.get(site.name) != (site.out, site.into):
             here = list(shapes[site.name]) if site.name in shapes else "absent"
-            raise BadInput(f"{str(folder)!r} is an adapter of another base: {site.name!r} is [{site.out}, {site.into}] in it "
-                           f"and {here} in this base")  # fmt: skip
+            raise BadInput(f"{str(folder)!r} is an adapter of another base: {site.name!r} is "
+                           f"[{site.out}, {site.into}] in it and {here} in this base")  # fmt: skip
     check_tensors(variant, str(folder))
 
 
@@ -491,9 +532,8 @@ def check_tensors(variant: Variant, where: str) -> None:
             mine, theirs = have.get(owner, {}), want.get(owner, {})
             for leaf in sorted({*mine, *theirs}):
                 if leaf not in mine or leaf not in theirs:
-                    raise BadInput(
-                        f"{where}: {room} tensor {leaf!r} of {owner!r} is {'missing' if leaf not in mine else 'unknown'}"
-                    )
+                    word = "missing" if leaf not in mine else "unknown"
+                    raise BadInput(f"{where}: {room} tensor {leaf!r} of {owner!r} is {word}")
                 want_shape = list(theirs[leaf].shape)
                 if variant.method == "lora" and mine[leaf].ndim == 2:  # an imported LoRA may vary its rank by site
                     want_shape[leaf == "B"] = mine["A"].shape[0]

@@ -16,7 +16,7 @@ import torch
 
 from plures.adapt import adapts
 from plures.adapt._lay import count_trained
-from plures.bridges.adapter_folder import WEIGHTS, capture, put_on, write_folder
+from plures.bridges.adapter_folder import WEIGHTS, capture, put_on, take_off, write_folder
 from plures.bridges.peft import PluresConfig
 from plures.core.errors import BadInput, StoreBusy, WrongUse, disk
 from plures.core.events import Events, JsonLines, Sink, environment
@@ -256,7 +256,7 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
         facts = provenance(recipe, rows, planned, steps, outcome)
         return capture(model, "default", base.ref, facts), outcome
     finally:
-        model.unload()
+        take_off(model)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,401 @@
+"""The command line: every verb, every exit code, one line for every error."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import plures
+from plures.cli.app import main, verbs
+from plures.tensors import safe
+from tiny import make_base, write_rows
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
+    """Runs one command in this process, in `tmp_path`: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main(list(argv))
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def ok(say: Said) -> Callable[..., str]:
+    def run(*argv: str) -> str:
+        code, out, err = say(*argv)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def parsed(ok: Callable[..., str]) -> Callable[..., Any]:
+    return lambda *argv: json.loads(ok(*argv, "--json"))
+
+
+QUICK = ["train.steps=2", "train.batch_rows=2", "data.max_tokens=24", "adapt.r=2", "adapt.l=2"]
+
+
+# ---- the happy path of every verb
+
+
+def test_every_verb_is_tried_here() -> None:
+    assert set(verbs()) - {"demo"} == {
+        "alias", "chat", "doctor", "explain", "export", "fsck", "gc", "generate", "import_", "init", "list", "methods",
+        "recipe", "rm", "score", "show", "train",
+    }  # fmt: skip
+
+
+def test_from_init_to_gc(ok: Any, parsed: Any, base_folder: Path, text_rows: Path, tmp_path: Path) -> None:
+    begun = parsed("init", "acme.fleet", "--base", str(base_folder))
+    assert begun["base"] == str(base_folder)
+    assert len(begun["hash"]) == 64
+    # the only *.fleet folder here is found without being named
+    assert parsed("list") == []
+    done = parsed("train", "fleet=acme.fleet", "name=support", f"data.train={text_rows}", "aliases=[prod]", *QUICK)
+    assert done["version"] == "support@1"
+    assert ok("train", "fleet=acme.fleet", "name=support", f"data.train={text_rows}", "seed=1", *QUICK) == "support@2\n"
+    assert [v["ref"] for v in parsed("list")] == ["support@2"]
+    listed = parsed("list", "support", "--all")
+    assert [(v["ref"], v["aliases"]) for v in listed] == [("support@1", ["prod"]), ("support@2", [])]
+    assert {"r": 2, "l": 2}.items() <= listed[0]["options"].items()
+    table = ok("list", "--all")
+    assert "support@1" in table
+    assert "bits/byte" in table
+    shown = parsed("show", "support@prod")
+    assert shown["identity"] == done["identity"]
+    assert {s["metric"] for s in shown["scores"]} == {"nats_per_token", "bits_per_byte", "perplexity"}
+    assert shown["lineage"]["recipe"]["name"] == "support"
+    assert "method   mos" in ok("show", "support")
+    answers = parsed("generate", "support", "base", "-p", "The parcel", "--max-tokens", "5")
+    assert [a["ref"] for a in answers] == ["support", "base"]
+    assert ok("generate", "support", "base", "-p", "The parcel", "--max-tokens", "5").count("--- ") == 2
+    scored = parsed("score", "support", str(text_rows), "--max-tokens", "24")
+    assert scored["bits_per_byte"] > 0
+    assert "bits/byte" in ok("score", "base", str(text_rows), "--at-most", "99")
+    assert parsed("alias", "support@2", "next") == {"ref": "support@2", "alias": "next", "deleted": False}
+    assert ok("alias", "support@2", "next", "--delete") == "support@next is gone\n"
+    assert ok("alias", "support@2", "prod") == "support@prod -> support@2\n"
+    exported = parsed("export", "support@prod", "out")
+    assert "plures.json" in exported["files"]
+    assert parsed("import", "out", "--name", "copy", "--alias", "a", "--alias", "b")["aliases"] == ["a", "b"]
+    assert "copy@1" in ok("import", "out", "--name", "copy")
+    assert "as lora in" in ok("export", "support", "plain", "--as", "lora")
+    assert ok("rm", "support@1") == "removed support@1\n"
+    assert parsed("rm", "copy", "--all", "--force") == {"removed": ["copy@1"]}
+    whole = parsed("fsck")
+    assert whole["problems"] == []
+    assert whole["n_versions"] == 1
+    assert ok("fsck", "--quick").startswith("clean; ")
+    assert "would free" in ok("gc", "--dry")
+    assert parsed("gc")["freed_bytes"] > 0
+    assert "freed 0 B" in ok("gc")
+
+
+def test_methods_explain_recipe_doctor(ok: Any, parsed: Any, tmp_path: Path) -> None:
+    cards = parsed("methods")
+    assert {"mos", "lora", "vera", "full"} <= {c["name"] for c in cards}
+    assert "use:" in ok("methods", "adapt")
+    assert parsed("explain", "mos")["options"]["r"]["type"] == "int"
+    assert "arXiv:2410.00938" in ok("explain", "mos")
+    template = ok("recipe", "train")
+    assert "max_tokens: 512" in template
+    (tmp_path / "small.yaml").write_text("fleet: f\nname: n\ndata: {train: t.jsonl}\n")
+    assert "warmup_share: 0.05" in ok("recipe", "train", "--check", "small.yaml")
+    checks = parsed("doctor")
+    assert {"python", "torch", "cores"} <= {c["what"] for c in checks}
+
+
+def test_chat_goes_on_until_an_empty_line(
+    say: Said, own_fleet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAgain\n\nnever asked\n"))
+    code, out, _ = say("chat", "mos", "--max-tokens", "3")
+    assert code == 0
+    assert out.count("> ") == 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert say("chat", "base", "--max-tokens", "3")[0] == 0
+
+
+def test_generate_reads_standard_input(ok: Any, own_fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The parcel"))
+    asked = ok("generate", "mos", "-p", "-", "--max-tokens", "6")
+    assert asked == ok("generate", "mos", "-p", "The parcel", "--max-tokens", "6")
+
+
+def test_a_recipe_file_with_overrides(parsed: Any, own_fleet: Path, text_rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"fleet: {own_fleet}\nname: filed\ndata: {{train: {text_rows}, max_tokens: 24}}\nadapt: {{method: lora, r: 2}}\n"
+        "train: {steps: 9, batch_rows: 2}\n"
+    )
+    assert parsed("train", "r.yaml", "train.steps=2")["steps"] == 2
+
+
+def test_a_plan_loads_no_weights(ok: Any, parsed: Any, tmp_path: Path, base_folder: Path, text_rows: Path) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    ok("init", "a.fleet", "--base", str(base))
+    (base / "model.safetensors").unlink()
+    argv = ["train", "fleet=a.fleet", "name=v", f"data.train={text_rows}", *QUICK, "--plan"]
+    planned = parsed(*argv)
+    assert planned["trained"] == 2 * 3 * (64 + 48 + 48 + 64 + 3 * 96)
+    assert planned["bytes"] == 4 * planned["trained"]
+    assert len(planned["sites"]) == 21
+    assert "trained numbers" in ok(*argv)
+    assert not (tmp_path / "a.fleet" / "runs").exists()
+
+
+def test_resume_by_flag(say: Said, ok: Any, own_fleet: Path, text_rows: Path) -> None:
+    argv = ["train", f"fleet={own_fleet}", "name=v", f"data.train={text_rows}", *QUICK]
+    ok(*argv)
+    assert say(*argv)[0] == 2
+    assert ok(*argv, "--resume") == "v@1\n"
+
+
+# ---- errors: one line each
+
+
+def one_line(got: tuple[int, str, str], code: int, *words: str) -> None:
+    assert got[0] == code, got[2]
+    errors = [line for line in got[2].splitlines() if line.startswith("plures: ")]
+    assert len(errors) == 1, got[2]
+    assert got[2].splitlines()[-1] == errors[0]
+    assert "Traceback" not in got[2]
+    for word in words:
+        assert word in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["show", "mso"], 2, ["Did you mean 'mos'"]),
+        (["show", "mos@7"], 2, ["mos@7"]),
+        (["show", "../etc"], 2, ["not allowed"]),
+        (["generate", "vara", "-p", "x"], 2, ["Did you mean 'vera'"]),
+        (["generate", "mos", "-p", ""], 2, ["empty"]),
+        (["export", "full", "out", "--as", "lora"], 2, ["--as merged"]),
+        (["export", "mos", "out", "--as", "merge"], 2, ["Did you mean 'merged'"]),
+        (["explain", "mso"], 2, ["Did you mean 'mos'"]),
+        (["methods", "adpat"], 2, ["Did you mean 'adapt'"]),
+        (["recipe", "trian"], 2, ["Did you mean 'train'"]),
+        (["recipe", "train", "--check", "gone.yaml"], 4, ["does not exist"]),
+        (["alias", "mos", "7"], 2, ["all digits"]),
+        (["rm", "mos"], 2, ["says no version"]),
+        (["import", "nowhere", "--name", "x"], 4, ["is no folder"]),
+        (["import", "bad", "--name", "x"], 4, ["has no adapter_model.safetensors"]),
+        (["list", "--fleet", "nowhere.fleet"], 4, ["plures init"]),
+        (["init", "acme.fleet", "--base", "BASE"], 2, ["already is a fleet"]),
+        (["init", "new.fleet", "--base", "./nothing"], 4, ["neither a folder here nor a hub id"]),
+        (["init", "new.fleet", "--base", "org/model"], 4, ["hub is unreachable"]),
+        (["score", "mos", "gone.jsonl"], 4, ["does not exist"]),
+        (["score", "base", "ROWS", "--at-most", "0.1"], 5, ["above the bar of 0.1"]),
+        (["train", "r1.yaml", "r2.yaml"], 2, ["one recipe at a time"]),
+        (["train", "gone.yaml"], 4, ["does not exist"]),
+    ],
+)
+def test_errors_are_one_line_with_their_code(
+    say: Said, own_fleet: Path, base_folder: Path, text_rows: Path, tmp_path: Path, argv: list[str], code: int,
+    words: list[str],
+) -> None:  # fmt: skip
+    (tmp_path / "bad").mkdir()
+    known = {"BASE": str(base_folder), "ROWS": str(text_rows)}
+    one_line(say(*(known.get(a, a) for a in argv)), code, *words)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "words"),
+    [
+        ("train.stesp=3", 2, ["train.stesp", "Did you mean 'steps'"]),
+        ("trian.steps=3", 2, ["trian", "Did you mean 'train'"]),
+        ("train.steps=many", 2, ["train.steps", "an integer"]),
+        ("train.steps=0", 2, ["at least 1"]),
+        ("adapt.rr=3", 2, ["mos.rr is not an option of mos"]),
+        ("adapt.method=mso", 2, ["Did you mean 'mos'", "There are: full, lora, mos, vera"]),
+        ("adapt.r=64", 2, ["larger than the pool"]),
+        ("targets=[q_prj]", 2, ["Did you mean 'q_proj'"]),
+        ("name=../v", 2, ["not allowed"]),
+        ("name=a/b", 2, ["not allowed"]),
+        ("fleet=nowhere.fleet", 4, ["plures init"]),
+        ("train.device=cuda", 2, ["no CUDA device"]),
+        ("train.device=gpu9", 2, ["no device torch knows"]),
+        ("data.train=torn.jsonl", 4, ["torn.jsonl, line 2"]),
+        ("data.train=other.jsonl", 4, ["other.jsonl, line 1", "'text'"]),
+        ("data.train=empty.jsonl", 4, ["is empty"]),
+        ("data.train=gone.jsonl", 4, ["does not exist"]),
+        ("data.train=org/rows", 4, ["org/rows"]),
+        ("data.columns={text: bdy}", 4, ["'bdy'"]),
+        ("train.patience=2", 2, ["eval_every"]),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one line is about a machine without CUDA")
+def test_a_train_that_cannot_be_is_one_line_and_publishes_nothing(
+    say: Said, own_fleet: Path, text_rows: Path, tmp_path: Path, said: str, code: int, words: list[str]
+) -> None:
+    (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"text": "not\n')
+    write_rows(tmp_path / "other.jsonl", [{"txet": "a"}])
+    (tmp_path / "empty.jsonl").write_text("")
+    argv = ["train", f"fleet={own_fleet}", "name=v", f"data.train={text_rows}", *QUICK, said]
+    one_line(say(*argv), code, *words)
+    with plures.Store.open(own_fleet) as store:
+        assert store.names() == sorted(["mos", "lora", "vera", "full"])
+        assert store.fsck().problems == ()
+
+
+def test_all_that_is_wrong_with_a_recipe_is_said_at_once(say: Said, own_fleet: Path) -> None:
+    code, _, err = say("train", f"fleet={own_fleet}", "train.steps=0", "train.lr=fast", "sede=1")
+    assert code == 2
+    for word in ("5 errors", "train.steps", "train.lr", "'seed'", "name", "data.train"):
+        assert word in err
+    assert "Traceback" not in err
+
+
+def test_adapters_that_are_not_what_they_should_be(say: Said, ok: Any, own_fleet: Path, tmp_path: Path) -> None:
+    ok("export", "lora", "out")
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3])
+    one_line(say("import", "out", "--name", "x"), 4, "truncated")
+    safe.write(weights, {"other": torch.zeros(2)})
+    one_line(say("import", "out", "--name", "x"), 4, "tensor")
+    torch.save({"a": torch.zeros(2)}, weights)
+    one_line(say("import", "out", "--name", "x"), 4, "pickle")
+    weights.write_bytes(whole)
+    one_line(say("import", "out", "--name", "../x"), 2, "not allowed")
+    make_base(tmp_path / "other", seed=1)
+    ok("init", "other.fleet", "--base", "other")
+    one_line(say("import", "out", "--name", "x", "--fleet", "other.fleet"), 4, "adapter of another base")
+    ok("import", "out", "--name", "x", "--fleet", str(own_fleet))
+
+
+def test_bases_that_are_not_what_they_should_be(say: Said, base_folder: Path, text_rows: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3])
+    one_line(say("init", "a.fleet", "--base", "base"), 4, "truncated")
+    weights.write_bytes(b"GGUF and so on" * 9)
+    one_line(say("init", "a.fleet", "--base", "base"), 4, "not a safetensors file")
+    torch.save({}, base / "pytorch_model.bin")
+    weights.unlink()
+    one_line(say("init", "a.fleet", "--base", "base"), 4, "pickle")
+    assert not (tmp_path / "a.fleet").exists()
+    safe.write(weights, {"foreign": torch.zeros(2)}, {"format": "pt"})
+    assert say("init", "a.fleet", "--base", "base")[0] == 0  # its names are only known once it is loaded
+    argv = ["train", "fleet=a.fleet", "name=v", f"data.train={text_rows}", *QUICK]
+    one_line(say(*argv), 4, "lacks the weight")
+
+
+def test_a_damaged_fleet_is_exit_5(say: Said, own_fleet: Path) -> None:
+    blob = next(p for p in (own_fleet / "blobs").rglob("*.safetensors"))
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    one_line(say("fsck"), 5, "the fleet is damaged: 1 problems")
+    code, out, _ = say("fsck", "--json")
+    assert code == 5
+    assert len(json.loads(out)["problems"]) == 1
+
+
+def test_which_fleet(say: Said, own_fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(own_fleet, tmp_path / "second.fleet")
+    one_line(say("list"), 2, "2 are here: acme.fleet, second.fleet")
+    monkeypatch.setenv("PLURES_FLEET", str(tmp_path / "second.fleet"))
+    assert say("list")[0] == 0
+    monkeypatch.delenv("PLURES_FLEET")
+    monkeypatch.chdir(tmp_path.parent)
+    one_line(say("list"), 2, "no *.fleet folder is here")
+
+
+def test_our_own_bug_is_exit_1_and_says_how_to_see_more(
+    say: Said, monkeypatch: pytest.MonkeyPatch, own_fleet: Path
+) -> None:
+    from plures.store import Store
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(Store, "versions", broken)
+    one_line(say("list"), 1, "internal error", "ZeroDivisionError", "PLURES_DEBUG=1")
+
+
+def test_a_wrong_option_is_exit_2(say: Said) -> None:
+    assert say("list", "--flet", "x")[0] == 2
+    assert say("lst")[0] == 2
+
+
+# ---- as processes
+
+
+def process(*argv: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "plures", *argv], capture_output=True, text=True, check=False, **how)
+
+
+def test_errors_of_the_process_itself(own_fleet: Path, tmp_path: Path) -> None:
+    done = process("show", "mso", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("plures: ")
+    assert done.stderr.count("\n") == 1
+    assert process("list", "--fleet", "gone", cwd=tmp_path).returncode == 4
+
+
+def test_a_ctrl_c_is_exit_130_and_the_run_can_be_resumed(ok: Any, own_fleet: Path, text_rows: Path) -> None:
+    argv = ["train", f"fleet={own_fleet}", "name=long", f"data.train={text_rows}", *QUICK, "train.steps=3000",
+            "train.save_every=0"]  # fmt: skip
+    command = [sys.executable, "-m", "plures", *argv]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("step 20/"):
+                child.send_signal(signal.SIGINT)
+                break
+        rest = child.stderr.read()
+    assert child.returncode == 130
+    assert "Traceback" not in rest
+    run = next((own_fleet / "runs").glob("long-*"))
+    progress = json.loads(safe.metadata(run / "checkpoint.safetensors")["progress"])
+    assert 20 <= progress["step"] < 3000
+
+
+HEAVY = """
+import sys
+sys.argv = ["plures", *{argv!r}]
+import runpy
+try:
+    runpy.run_module("plures", run_name="__main__")
+except SystemExit as done:
+    assert not done.code, done.code
+heavy = [m for m in ("torch", "numpy", "transformers", "peft", "safetensors") if m in sys.modules]
+sys.exit(" ".join(heavy) or 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["list", "--help"], ["train", "--help"], ["methods"], ["recipe", "train"], ["--version"]]
+)
+def test_what_needs_nothing_heavy_imports_nothing_heavy(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = sum(os.times()[2:4])  # of children: not told by the load of the machine
+    done = subprocess.run([sys.executable, "-c", HEAVY.format(argv=argv)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    with capsys.disabled():
+        print(f" [plures {' '.join(argv)}: {sum(os.times()[2:4]) - before:.2f} s CPU]", end="")

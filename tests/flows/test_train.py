@@ -1,0 +1,447 @@
+"""The training flow: plans without weights, runs that know what they are of, and what stops them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killing import as_command, processes
+
+from plures.core.errors import BadInput, DiskTrouble, PluresError, StoreBusy, WrongUse
+from plures.core.events import read_events
+from plures.core.recipe import load
+from plures.engine import loop
+from plures.engine.model import load_base, reference
+from plures.flows.recipes import TrainRecipe
+from plures.flows.train import plan, run_folder, train
+from plures.store import Store
+from plures.tensors import safe
+from tiny import sentences, write_rows
+
+
+@pytest.fixture
+def recipe(make_fleet: Callable[..., Path], text_rows: Path) -> Callable[..., TrainRecipe]:
+    """Recipes on one fleet: 4 quick steps, and what is said as `a.b=c`."""
+    fleet = make_fleet()
+
+    def make(*said: str) -> TrainRecipe:
+        data = {"train": str(text_rows), "max_tokens": 24}
+        quick = {"steps": 4, "batch_rows": 2, "lr": 0.02, "save_every": 2}
+        adapt = {"method": "mos", "l": 2, "r": 2}
+        return load(TrainRecipe, {"fleet": str(fleet), "name": "v", "data": data, "train": quick, "adapt": adapt}, said)
+
+    return make
+
+
+class Interrupt:
+    """A sink that interrupts at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "step" and fields["step"] == self.step:
+            raise KeyboardInterrupt
+
+
+def kinds(run: Path) -> list[str]:
+    return [e["kind"] for e in read_events(run / "events.jsonl")]
+
+
+# ---- plans
+
+
+def test_a_plan_counts_what_training_trains_and_needs_no_weights(
+    recipe: Callable[..., TrainRecipe], base_folder: Path
+) -> None:
+    done = train(recipe())
+    weights = base_folder / "model.safetensors"
+    weights.rename(weights.with_suffix(".gone"))
+    try:
+        planned = plan(recipe())
+    finally:
+        weights.with_suffix(".gone").rename(weights)
+    # mos trains e * (into + out) a site: q 32x32, k and v 16x32, o 32x32, gate and up 64x32, down 32x64; 3 layers
+    assert planned.trained == 2 * 3 * (64 + 48 + 48 + 64 + 3 * 96)
+    assert planned.trained == done.version.trained
+    assert len(planned.sites) == 21
+    assert any("7" not in line and "3 x" in line for line in planned.lines())
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("targets=[q_prj]", r"target 'q_prj' matches no site. Did you mean 'q_proj'\?.*down_proj"),
+        ("targets=.*nothing", "matches no site"),
+        ("targets='*bad'", "neither"),
+        ("layers=[7]", "7 is not a layer of this base, which has 0 to 2"),
+        ("adapt.r=999", "mos.r = 999 is larger than the pool: 3 layers"),
+        ("adapt.l=5", "mos.l = 5 does not divide"),
+        ("adapt.method=mso", r"no adapt method named 'mso'. Did you mean 'mos'\?"),
+        ("adapt.alhpa=2", r"alhpa is not an option of mos. Did you mean 'alpha'\?"),
+        ("modules_to_save=[head]", "this base has no module 'head'"),
+        ("name=../up", "name '../up' is not allowed"),
+        ("name=a/b", "name 'a/b' is not allowed"),
+        ("name=..", "is not allowed"),
+        ("aliases=[1]", "aliases"),
+        ("aliases=['7']", "all digits"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    recipe: Callable[..., TrainRecipe], said: str, message: str
+) -> None:
+    fleet = Path(recipe().fleet)
+    before = sorted(fleet.rglob("*"))
+    with pytest.raises(WrongUse, match=message) as caught:
+        train(recipe(said))
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert sorted(p for p in fleet.rglob("*") if p.name not in ("fleet.db-wal", "fleet.db-shm")) == [
+        p for p in before if p.name not in ("fleet.db-wal", "fleet.db-shm")
+    ]
+
+
+def test_targets_and_layers_choose_the_sites(recipe: Callable[..., TrainRecipe]) -> None:
+    chosen = plan(recipe("targets=[v_proj, self_attn.q_proj]", "layers=[0, 2]", "adapt={method: lora, r: 2}"))
+    assert [s.name for s in chosen.sites] == [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 2) for p in "qv"]
+    assert chosen.trained == 2 * (2 * 2 * 32 + 2 * (32 + 16))
+
+
+# ---- runs
+
+
+def test_the_same_recipe_gives_the_same_bits_whatever_the_callers_generator(
+    recipe: Callable[..., TrainRecipe], tmp_path: Path
+) -> None:
+    ids = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        ids.append(train(recipe("dropout=0.2", f"run={tmp_path / str(seed)}")).version.identity)
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert ids[0] == ids[1]
+    assert train(recipe("dropout=0.2", "seed=1")).version.identity != ids[0]
+    assert train(recipe("dropout=0.3")).version.identity != ids[0]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_ctrl_c_then_resume_is_the_uninterrupted_run(recipe: Callable[..., TrainRecipe], at: int) -> None:
+    whole = train(recipe("name=whole", "dropout=0.1"))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe("dropout=0.1"), sinks=(Interrupt(at),))
+    with Store.open(Path(recipe().fleet)) as store:
+        assert store.names() == ["whole"]
+    done = train(recipe("dropout=0.1"), resume=True)
+    assert done.version.identity == whole.version.identity
+    assert done.outcome == whole.outcome
+    seen = [e["step"] for e in read_events(done.run / "events.jsonl") if e["kind"] == "step"]
+    assert seen == [1, 2, 3, 4]  # the interrupted step was kept
+    again = train(recipe("dropout=0.1"), resume=True)
+    assert again.version.ref == "v@1"  # nothing new to publish
+    assert kinds(done.run)[-1] == "done"
+
+
+def test_the_loss_falls_and_the_score_is_stored(recipe: Callable[..., TrainRecipe]) -> None:
+    done = train(recipe("train.steps=30", "train.eval_every=10", "data.held_out_share=0.2"))
+    events = read_events(done.run / "events.jsonl")
+    losses = [e["loss"] for e in events if e["kind"] == "step"]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    scores = [e["bits_per_byte"] for e in events if e["kind"] == "eval"]
+    assert len(scores) == 3
+    with Store.open(Path(recipe().fleet)) as store:
+        kept = {s.metric: s.value for s in store.scores("v")}
+        lineage = store.lineage("v")
+    assert kept["bits_per_byte"] == scores[-1]
+    assert lineage["seed"] == 0
+    assert lineage["recipe"]["train"]["steps"] == 30
+
+
+def test_epochs_set_the_steps(recipe: Callable[..., TrainRecipe]) -> None:
+    one, two = (train(recipe("train.steps=null", f"train.epochs={n}", f"name=e{n}")).outcome.steps for n in (1.0, 2.0))
+    assert two == 2 * one > 2
+
+
+def test_a_loaded_base_is_left_as_it_was(recipe: Callable[..., TrainRecipe], base_folder: Path) -> None:
+    base = load_base(reference(str(base_folder)))
+    before = {k: v.clone() for k, v in base.model.state_dict().items()}
+    identity = train(recipe("modules_to_save=[lm_head]"), base=base).version.identity
+    after = base.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert train(recipe("modules_to_save=[lm_head]", "name=w")).version.identity == identity
+
+
+def test_a_run_is_not_begun_twice(recipe: Callable[..., TrainRecipe]) -> None:
+    train(recipe())
+    with pytest.raises(WrongUse, match="exists; go on with --resume"):
+        train(recipe())
+
+
+def test_rows_that_cannot_be_read_leave_no_run_behind(recipe: Callable[..., TrainRecipe], tmp_path: Path) -> None:
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2"):
+        train(recipe(f"data.train={bad}"))
+    write_rows(bad, ({"text": t} for t in sentences(20)))
+    assert train(recipe(f"data.train={bad}")).version.ref == "v@1"  # mended, the same command works
+
+
+@pytest.mark.parametrize("change", ["seed=1", "adapt.r=4", "adapt={method: lora, r: 2}", "layers=[0]"])
+def test_a_run_is_not_resumed_with_another_recipe(
+    recipe: Callable[..., TrainRecipe], tmp_path: Path, change: str
+) -> None:
+    """MoS of another seed has tensors of the same names and shapes: only the recipe tells them apart."""
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(f"run={tmp_path / 'run'}"), sinks=(Interrupt(3),))
+    with pytest.raises(BadInput, match=f"is of another recipe: its {change.partition('=')[0].partition('.')[0]} was"):
+        train(recipe(f"run={tmp_path / 'run'}", change), resume=True)
+    assert train(recipe(f"run={tmp_path / 'run'}"), resume=True).outcome.steps == 4
+
+
+def test_a_run_is_not_resumed_on_other_rows(recipe: Callable[..., TrainRecipe], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ({"text": t} for t in sentences(20)))
+    train(recipe(f"data.train={rows}"))
+    write_rows(rows, ({"text": t} for t in sentences(20, seed=9)))
+    with pytest.raises(BadInput, match="its rows was"):
+        train(recipe(f"data.train={rows}"), resume=True)
+
+
+def test_a_checkpoint_of_another_method_is_refused_even_without_the_record(
+    recipe: Callable[..., TrainRecipe], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(f"run={tmp_path / 'run'}"), sinks=(Interrupt(3),))
+    (tmp_path / "run" / "of.json").unlink()
+    with pytest.raises(BadInput, match="checkpoint of another method"):
+        train(recipe(f"run={tmp_path / 'run'}", "adapt={method: lora, r: 2}"), resume=True)
+
+
+def test_patience_without_evaluations_is_refused(recipe: Callable[..., TrainRecipe]) -> None:
+    with pytest.raises(WrongUse, match="eval_every"):
+        train(recipe("train.patience=2"))
+
+
+@pytest.mark.parametrize("said", ["gradient_checkpointing=true", "autocast=true", "base_dtype=bfloat16"])
+def test_the_cheaper_ways_to_train_run(recipe: Callable[..., TrainRecipe], said: str) -> None:
+    plain, other = train(recipe()), train(recipe(f"train.{said}", "name=w"))
+    exact = "checkpointing" in said
+    losses = [[e["loss"] for e in read_events(d.run / "events.jsonl") if e["kind"] == "step"] for d in (plain, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if exact else 0.05)
+    with Store.open(Path(recipe().fleet)) as store:
+        floats = [t for t in store.load("w").flat().values() if t.is_floating_point()]
+    assert all(t.dtype == torch.float32 for t in floats)
+
+
+def test_a_loss_that_is_not_finite_publishes_nothing(
+    recipe: Callable[..., TrainRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.summed_loss
+    monkeypatch.setattr(loop, "summed_loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    with pytest.raises(BadInput, match="not finite at step 0") as caught:
+        train(recipe())
+    assert "\n" not in str(caught.value)
+    with Store.open(Path(recipe().fleet)) as store:
+        assert store.names() == []
+
+
+# ---- others at the same time
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_on_the_same_run_is_told_so(recipe: Callable[..., TrainRecipe]) -> None:
+    folder = run_folder(recipe())
+    folder.mkdir(parents=True)
+    argv = [sys.executable, "-S", "-c", HOLD, str(folder / ".lock")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(StoreBusy, match="another process is training") as caught:
+            train(recipe())
+        assert caught.value.exit_code == 4
+        other.kill()  # and a killed holder holds nothing
+    assert train(recipe()).version.ref == "v@1"
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_two_processes_train_different_variants_into_one_fleet(recipe: Callable[..., TrainRecipe]) -> None:
+    said, fleet = recipe(), Path(recipe().fleet)
+    mos = "adapt={method: mos, r: 2, l: 2}"
+    names = {"one": mos, "two": "adapt={method: vera, r: 8}", "three": mos}
+    argv = ["train", f"fleet={fleet}", f"data.train={said.data.train}", "data.max_tokens=24", "train.steps=4",
+            "train.batch_rows=2", "aliases=[prod]"]  # fmt: skip
+    children = [processes().Process(target=as_command, args=([*argv, f"name={n}", how],)) for n, how in names.items()]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [c.exitcode for c in children] == [0, 0, 0]
+    with Store.open(fleet) as store:
+        assert store.fsck().problems == ()
+        assert {v.name: v.method for v in store.versions()} == {"one": "mos", "two": "vera", "three": "mos"}
+        assert store.resolve("one@prod").identity == store.resolve("three@prod").identity
+        for name in names:
+            assert store.load(name).identity() == store.resolve(name).identity
+
+
+# ---- disks
+
+
+def failing(code: int, after: int) -> Callable[[int], None]:
+    """An fsync that fails from its n-th call on."""
+    real, left = os.fsync, [after]
+
+    def fsync(fd: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    return fsync
+
+
+def trouble(do: Callable[[], Any]) -> str | None:
+    """What a disk error says, if there is one."""
+    try:
+        do()
+    except DiskTrouble as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "no permission")])
+def test_a_disk_that_fails_at_any_write_leaves_the_fleet_as_it_was(
+    recipe: Callable[..., TrainRecipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, said: str
+) -> None:
+    old = train(recipe("name=old")).version
+    whole = train(recipe("name=v", f"run={tmp_path / 'whole'}")).version
+    with Store.open(Path(recipe().fleet)) as store:
+        store.remove("v", all=True)
+        store.gc()
+    failed = 0
+    for after in range(0, 36, 5):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", failing(code, after))
+            message = trouble(lambda: train(recipe("name=v", f"run={tmp_path / 'run'}")))
+        assert message is None or (said in message and "\n" not in message)
+        failed += message is not None
+        with Store.open(Path(recipe().fleet)) as store:
+            assert store.fsck().problems == ()
+            assert store.load("old").identity() == old.identity
+            if failed and store.names() == ["old"] and (tmp_path / "run" / "recipe.yaml").exists():
+                resumed = train(recipe("name=v", f"run={tmp_path / 'run'}"), resume=True)
+                assert resumed.version.identity == whole.identity
+                store.remove("v", all=True)
+    assert failed >= 4
+
+
+def test_a_log_that_cannot_be_written_is_a_disk_error(
+    recipe: Callable[..., TrainRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plures.core.events import JsonLines
+
+    def full(self: JsonLines, kind: str, fields: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JsonLines, "__call__", full)
+    with pytest.raises(DiskTrouble, match=r"events\.jsonl.*disk is full"):
+        train(recipe())
+
+
+def test_a_run_folder_that_may_not_be_made_is_a_disk_error(
+    recipe: Callable[..., TrainRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.mkdir
+
+    def refused(self: Path, *args: Any, **how: Any) -> None:
+        if "runs" in self.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        real(self, *args, **how)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(DiskTrouble, match="no permission"):
+        train(recipe())
+
+
+# ---- bases
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path, base_folder: Path) -> Callable[[str], Path]:
+    """The tiny base, with something wrong."""
+
+    def make(how: str) -> Path:
+        folder = Path(shutil.copytree(base_folder, tmp_path / how))
+        weights = folder / "model.safetensors"
+        if how == "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        elif how == "foreign":
+            safe.write(weights, {"something.else": torch.zeros(3)})
+        elif how == "a tensor less":
+            safe.write(weights, {k: t for k, t in safe.read(weights).items() if k != "model.norm.weight"})
+        elif how == "a pickle":
+            torch.save(safe.read(weights), folder / "pytorch_model.bin")
+            weights.unlink()
+        elif how == "no config":
+            (folder / "config.json").unlink()
+        elif how == "another config":
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+        elif how == "no tokenizer":
+            for path in folder.glob("*token*"):
+                path.unlink()
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "truncated or damaged"),
+        ("a pickle", "is a pickle"),
+        ("no config", "has no config.json"),
+        ("foreign", "lacks the weight"),
+        ("a tensor less", "lacks the weight 'model.norm.weight'"),
+        ("another config", "cannot be loaded"),
+        ("no tokenizer", "cannot be loaded"),
+    ],
+)
+def test_a_spoilt_base_is_one_line_and_no_random_weights(
+    spoilt: Callable[[str], Path], how: str, said: str
+) -> None:
+    with pytest.raises(PluresError, match=said) as caught:
+        load_base(reference(str(spoilt(how))))
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
+
+
+def test_a_base_whose_weights_changed_is_noticed(
+    spoilt: Callable[[str], Path], make_fleet: Callable[..., Path], text_rows: Path
+) -> None:
+    base = spoilt("as it is")
+    fleet = make_fleet("changed.fleet", base)
+    weights = safe.read(base / "model.safetensors")
+    safe.write(base / "model.safetensors", {k: t + 1e-3 for k, t in weights.items()}, {"format": "pt"})
+    recipe = load(TrainRecipe, {"fleet": str(fleet), "name": "v", "data": {"train": str(text_rows)}}, ["adapt.r=4"])
+    with pytest.raises(BadInput, match="its weights have changed"):
+        train(recipe)
