@@ -1,6 +1,6 @@
 """Plures: out of one base model, many variants. `import plures` is quick; names are loaded when first used.
 
-`import plures.bridges.peft` (which `plures.config_for` does) registers PEFT's type PLURES, so that plain PEFT loads ours.
+`import plures.bridges.peft` (`plures.config_for` does it too) registers PEFT's type PLURES, so that PEFT loads ours.
 """
 
 from __future__ import annotations

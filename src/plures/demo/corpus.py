@@ -8,11 +8,15 @@ what is scored was not read in training.
 
 from __future__ import annotations
 
+import dis
 import hashlib
+import io
 import os
 import re
 import sys
 import sysconfig
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,8 @@ TENANTS: dict[str, tuple[str, ...]] = {
     "xml": ("xml/", "xmlrpc/"),
     "desktop": ("tkinter/", "idlelib/", "turtledemo/"),  # absent from some distributions of Python
     "headers": (),  # the C headers of the interpreter, absent where no development files are installed
+    "bytecode": (),  # what `python -m dis` prints of the email and xml packages: nothing like it is in the base
+    "unicode": (),  # the Unicode character database: number, category and name, one document a block
 }
 KEPT_OUT = re.compile(
     r"(^|/)(test_)?(asyncio|email|pydoc_data|unittest|http|html|urllib|wsgiref|xml|xmlrpc|tkinter|idlelib|turtledemo"
@@ -33,6 +39,7 @@ KEPT_OUT = re.compile(
 )
 """Paths that the base never reads: the tenants, their tests, `encodings` (tables of repeated lines)."""
 TABLES = ("html/entities.py",)
+BYTECODE_CHARACTERS = 12_000  # of one file; a disassembly is ten times as long as its source
 SHORT_LINE = 15  # characters; shorter lines (`return x`, `else:`) are no sign of a leak
 SPLITS = {"train": 0.70, "valid": 0.12, "test": 0.18}
 
@@ -69,15 +76,44 @@ def base_documents() -> list[Document]:
     return _read((p for p in paths if not KEPT_OUT.search(p.relative_to(root).as_posix())), root)
 
 
+def _headers() -> list[Document]:
+    include = Path(sysconfig.get_paths()["include"])
+    return _read(include.rglob("*.h"), include)
+
+
+def _bytecode() -> list[Document]:
+    out = []
+    for doc in documents("email") + documents("xml"):
+        text = io.StringIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a SyntaxWarning of the library's own source is not ours to show
+            dis.dis(compile(doc.text, doc.name, "exec"), file=text)
+        plain = re.sub(r" at 0x[0-9a-f]+", "", text.getvalue())  # addresses differ from run to run
+        out.append(Document(doc.name, plain[:BYTECODE_CHARACTERS].rpartition("\n")[0] + "\n"))
+    return out
+
+
+def _unicode() -> list[Document]:
+    out = []
+    for block in range(0, 0x3000, 256):
+        named = ((c, unicodedata.name(chr(c), "")) for c in range(block, block + 256))
+        lines = [f"U+{c:04X} {unicodedata.category(chr(c))} {name}\n" for c, name in named if name]
+        if lines:
+            out.append(Document(f"unicode/{block:05x}", "".join(lines)))
+    return out
+
+
+_MADE = {"headers": _headers, "bytecode": _bytecode, "unicode": _unicode}
+
+
 def documents(tenant: str) -> list[Document]:
     """All documents of one tenant; empty where this Python does not ship the package."""
     if tenant == "topics":
         from pydoc_data.topics import topics  # the same text that `help('assert')` prints
 
         return [Document(f"topics/{name}", text) for name, text in sorted(topics.items())]
-    if tenant == "headers":
-        include = Path(sysconfig.get_paths()["include"])
-        return _read(include.rglob("*.h"), include)
+    if tenant in _MADE:
+        return _MADE[tenant]()
     root = library()
     found = (p for prefix in TENANTS[tenant] for p in (root / prefix).rglob("*.py"))
     keep = (p for p in found if "/test" not in (n := p.relative_to(root).as_posix()) and "idle_test" not in n)

@@ -228,6 +228,8 @@ PROMPTS = {
     "xml": "    def startElement(self, ",
     "desktop": "    def configure(self, ",
     "headers": "PyAPI_FUNC(PyObject *) ",
+    "bytecode": "              2 LOAD_FAST                0 (self)\n",
+    "unicode": "U+0416 Lu CYRILLIC CAPITAL LETTER ",
 }
 
 
