@@ -146,8 +146,8 @@ def test_generate_reads_standard_input(ok: Any, own_fleet: Path, monkeypatch: py
 
 def test_a_recipe_file_with_overrides(parsed: Any, own_fleet: Path, text_rows: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        f"fleet: {own_fleet}\nname: filed\ndata: {{train: {text_rows}, max_tokens: 24}}\nadapt: {{method: lora, r: 2}}\n"
-        "train: {steps: 9, batch_rows: 2}\n"
+        f"fleet: {own_fleet}\nname: filed\ndata: {{train: {text_rows}, max_tokens: 24}}\n"
+        "adapt: {method: lora, r: 2}\ntrain: {steps: 9, batch_rows: 2}\n"
     )
     assert parsed("train", "r.yaml", "train.steps=2")["steps"] == 2
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from killing import as_command, processes
 
-from plures.core.errors import BadInput, DiskTrouble, PluresError, StoreBusy, WrongUse
+from plures.core.errors import BadInput, DiskTrouble, MissingExtra, PluresError, StoreBusy, WrongUse
 from plures.core.events import read_events
 from plures.core.recipe import load
 from plures.engine import loop
@@ -102,6 +102,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(
 ) -> None:
     fleet = Path(recipe().fleet)
     before = sorted(fleet.rglob("*"))
+    with pytest.raises(WrongUse, match=message):
+        plan(recipe(said))
     with pytest.raises(WrongUse, match=message) as caught:
         train(recipe(said))
     assert caught.value.exit_code == 2
@@ -252,6 +254,26 @@ def test_a_loss_that_is_not_finite_publishes_nothing(
     assert "\n" not in str(caught.value)
     with Store.open(Path(recipe().fleet)) as store:
         assert store.names() == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_tensorboard_gets_the_numbers_of_every_step(recipe: Callable[..., TrainRecipe]) -> None:
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    done = train(recipe("tensorboard=true"))
+    file = next((done.run / "tensorboard").iterdir())
+    seen = [(e.step, v.tag) for e in event_file.EventFileLoader(str(file)).Load() for v in e.summary.value]
+    assert [step for step, tag in seen if tag == "step/loss"] == [1, 2, 3, 4]
+    assert {"step/lr", "step/grad_norm"} <= {tag for _, tag in seen}
+
+
+def test_without_tensorboard_the_extra_is_named(
+    recipe: Callable[..., TrainRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'plures\[track\]'") as caught:
+        train(recipe("tensorboard=true"))
+    assert caught.value.exit_code == 3
+    assert train(recipe()).version.ref == "v@1"  # nothing was begun
 
 
 # ---- others at the same time

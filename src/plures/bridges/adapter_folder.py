@@ -114,7 +114,7 @@ def attach(model: Any, variant: Variant, slot: str) -> Any:
             for other in (n for n in model.peft_config if n not in m.modules_to_save):
                 m.modules_to_save[other] = m.original_module
                 m._adapters.add(other)
-            m._mixed_batch_forward = partial(_by_row, m)
+            m._mixed_batch_forward = partial(_by_row, m)  # type: ignore[method-assign]
     return model
 
 
@@ -294,13 +294,14 @@ def model_card(variant: Variant, name: str = "") -> str:
     """The README.md of an adapter folder: what it is, how to load it, where it came from."""
     plain = variant.method == "lora"
     options = ", ".join(f"{k}={v}" for k, v in variant.options.items()) or "defaults"
+    import_us = "" if plain else "import plures.bridges.peft  # registers PEFT's type PLURES\n"
     load = (
-        "from peft import AutoPeftModelForCausalLM\n" if plain else "import plures.bridges.peft  # registers PEFT's type PLURES\n"
-        "from peft import AutoPeftModelForCausalLM\n"
-    ) + "model = AutoPeftModelForCausalLM.from_pretrained('this/folder')"  # fmt: skip
+        f"{import_us}from peft import AutoPeftModelForCausalLM\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained('this/folder')"
+    )
     note = "" if plain else (
-        "\nPlain PEFT cannot load this folder without `import plures.bridges.peft`. `plures export --as lora` writes one that needs "
-        "nothing of ours.\n"
+        "\nPlain PEFT cannot load this folder without `import plures.bridges.peft`. `plures export --as lora` writes "
+        "one that needs nothing of ours.\n"
     )  # fmt: skip
     facts = "\n".join(
         f"- {k}: {json.dumps(v, default=str)}" for k, v in sorted(variant.provenance.items()) if k != "recipe"
@@ -359,7 +360,7 @@ def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str,
         if kind == "LORA":
             scales = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
             _agree(folder, config, {k: v for k, v in _lora_config(variant).items() if k in scales})
-    _check_shapes(folder, variant, shapes)
+    check_shapes(repr(str(folder)), variant, shapes)
     _check_whole(folder, variant, config.get("modules_to_save") or (), whole)
     return replace(variant, base=base)
 
@@ -500,8 +501,8 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
         if scale != method.scale and not ours:
             leaves["B"] = leaves["B"] * (scale / method.scale)
     group_of = dict.fromkeys(own, "")
-    bare = [Site(s, int(v["B"].shape[0]), int(v["A"].shape[1])) for s, v in own.items()]
-    sites = tuple(s for members in grouped(bare, group_of).values() for s in members)
+    loose = [Site(s, int(v["B"].shape[0]), int(v["A"].shape[1])) for s, v in own.items()]
+    sites = tuple(s for members in grouped(loose, group_of).values() for s in members)
     options = {"r": r, "alpha": alpha, "rslora": method.rslora}
     ref = BaseRef(str(config.get("base_model_name_or_path")))
     return Variant("lora", options, ref, sites, group_of, own, {}, extra)
@@ -512,14 +513,14 @@ def _by_pattern(patterns: Mapping[str, Any], site: str, otherwise: Any) -> Any:
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", site)), otherwise)
 
 
-def _check_shapes(folder: Path, variant: Variant, shapes: Shapes) -> None:
-    """Every site is the base's, and every tensor has the shape and kind that the method lays there."""
+def check_shapes(where: str, variant: Variant, shapes: Shapes) -> None:
+    """Raise BadInput unless every site is the base's, and every tensor what the method lays there."""
     for site in variant.sites:
         if shapes.get(site.name) != (site.out, site.into):
             here = list(shapes[site.name]) if site.name in shapes else "absent"
-            raise BadInput(f"{str(folder)!r} is an adapter of another base: {site.name!r} is "
+            raise BadInput(f"{where} is an adapter of another base: {site.name!r} is "
                            f"[{site.out}, {site.into}] in it and {here} in this base")  # fmt: skip
-    check_tensors(variant, str(folder))
+    check_tensors(variant, where)
 
 
 def check_tensors(variant: Variant, where: str) -> None:

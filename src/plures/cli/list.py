@@ -27,7 +27,8 @@ def command(
         return
     rows = [
         [v.ref, ",".join(v.aliases) or "-", v.method, v.trained if v.trained is not None else "-", si_bytes(v.n_bytes),
-         f"{scores[v.ref]['bits_per_byte']:.4f}" if "bits_per_byte" in scores[v.ref] else "-", v.created[:16].replace("T", " ")]
+         f"{scores[v.ref]['bits_per_byte']:.4f}" if "bits_per_byte" in scores[v.ref] else "-",
+         v.created[:16].replace("T", " ")]
         for v in found
     ]  # fmt: skip
     table(["variant", "aliases", "method", "trained", "size", "bits/byte", "created (UTC)"], rows)

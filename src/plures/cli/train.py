@@ -44,7 +44,7 @@ def command(
     done = flow.train(loaded, sinks=(Console(),), resume=resume)
     if json:
         score = done.outcome.score
-        say_json({"version": done.version.ref, "identity": done.version.identity, "run": str(done.run), "steps": done.outcome.steps,
-                  "bits_per_byte": score.bits_per_byte if score else None})  # fmt: skip
+        say_json({"version": done.version.ref, "identity": done.version.identity, "run": str(done.run),
+                  "steps": done.outcome.steps, "bits_per_byte": score.bits_per_byte if score else None})  # fmt: skip
     else:
         typer.echo(done.version.ref)

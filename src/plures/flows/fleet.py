@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plures.adapt import adapts
-from plures.bridges.adapter_folder import as_lora, attach, merge_into, read_folder, write_folder
+from plures.bridges.adapter_folder import as_lora, attach, capture, check_shapes, merge_into, read_folder, write_folder
 from plures.core.errors import BadInput, RecipeErrors, WrongUse, disk, nearest
 from plures.core.events import Sink
 from plures.core.folder import options_of
@@ -104,19 +104,39 @@ class Fleet:
         variant = variant.with_provenance(imported_from=str(folder), **_counted(variant))
         return FleetVariant(self, self.store.publish(variant, name, aliases=aliases))
 
+    def publish(self, model: Any, name: str, *, adapter: str = "default", aliases: Sequence[str] = (),
+                **facts: Any) -> FleetVariant:  # fmt: skip
+        """Publish an adapter of a PEFT model, whoever trained it: transformers' Trainer, TRL, accelerate, a loop.
+
+        The model must have been made of this fleet's base with `plures.config_for(…)`; `facts` are JSON for the
+        lineage. Raises: WrongUse where it has no such adapter of ours; BadInput where it is of another base.
+        """
+        config = getattr(model, "peft_config", {}).get(adapter)
+        if config is None or getattr(config, "method", None) not in adapts:
+            have = ", ".join(getattr(model, "peft_config", {})) or "none"
+            raise WrongUse(
+                f"the model has no adapter {adapter!r} made with plures.config_for (its adapters: {have}); "
+                "save a plain LoRA with save_pretrained and import the folder"
+            )
+        variant = capture(model, adapter, self.store.base, {"trainer": "outside Plures", **facts})
+        check_shapes("the model", variant, linear_names(empty_base(self.store.base)))
+        variant = variant.with_provenance(**_counted(variant))
+        return FleetVariant(self, self.store.publish(variant, name, aliases=aliases))
+
     def score(self, ref: str | None, data: Data, *, columns: Mapping[str, str] | None = None, max_tokens: int = 512,
               batch_rows: int = 8) -> Score:  # fmt: skip
         """The held-out loss of a variant (None: the base) on rows; a variant's is recorded in the store."""
+        asked = None if ref is None else self[ref]  # an unknown name is told before anything is read
         rows = read_rows(data, columns=columns)
         base = load_base(self.store.base, device=device("auto"))
         examples = encode(rows, base.tokenizer, max_tokens=max_tokens)
-        model = base.model if ref is None else attach(base.model, self[ref].load(), "v000000")
+        model = base.model if asked is None else attach(base.model, asked.load(), "v000000")
         n_bytes = sum(e.n_bytes for e in examples)
         batches = held_out(examples, batch_rows, max_tokens, pad_id(base))
         got = evaluate(model, lambda: on_device(batches, base.model.device), n_bytes)
-        if ref is not None:
+        if asked is not None:
             for metric in ("nats_per_token", "bits_per_byte", "perplexity"):
-                self.store.score(ref, _label(data, rows), metric, getattr(got, metric))
+                self.store.score(asked.version.ref, _label(data, rows), metric, getattr(got, metric))
         return got
 
 

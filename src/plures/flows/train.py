@@ -150,9 +150,9 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
                 f"run {str(folder)!r} exists; go on with --resume, remove it to begin anew, or change the recipe"
             )
         train_rows, score_rows = _rows(recipe, rows, held)
-        _begin(recipe, folder, train_rows)
         events = _events(recipe, folder, sinks)
         try:
+            _begin(recipe, folder, train_rows)
             if recipe.train.threads:
                 torch.set_num_threads(recipe.train.threads)
             loaded = base or load_base(store.base, dtype=recipe.train.base_dtype, device=device(recipe.train.device))
