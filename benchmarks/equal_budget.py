@@ -112,7 +112,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train and score once; a rate that diverges scores infinity."""
     import torch
 
-    from plures.bridges.adapter_folder import put_on
+    from plures.bridges.on_model import put_on
     from plures.bridges.peft import PluresConfig
     from plures.core.errors import BadInput
     from plures.core.events import Events

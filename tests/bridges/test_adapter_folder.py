@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import plures
-from plures.bridges.adapter_folder import attach, merge_into, read_folder, write_folder
+from plures.bridges.adapter_folder import read_folder, write_folder
+from plures.bridges.on_model import attach, merge_into
 from plures.core.errors import BadInput, PluresError, WrongUse
 from plures.engine.model import empty_base, linear_names
 from plures.tensors import safe

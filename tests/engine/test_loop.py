@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plures.bridges.adapter_folder import put_on
+from plures.bridges.on_model import put_on
 from plures.bridges.peft import PluresConfig
 from plures.core.errors import BadInput, DiskTrouble, WrongUse
 from plures.core.events import Events

@@ -119,7 +119,7 @@ def test_train_store_load_in_a_new_process_generate_the_same_tokens(trained_flee
 
 def test_a_variant_in_memory_answers_as_the_one_just_trained(make_fleet: Callable[..., Path], text_rows: Path) -> None:
     """What `capture` took off the trained model is what the model was."""
-    from plures.bridges.adapter_folder import attach
+    from plures.bridges.on_model import attach
     from plures.engine.model import load_base
 
     with plures.Fleet(make_fleet()) as fleet:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from plures.bridges.adapter_folder import attach
+from plures.bridges.on_model import attach
 from plures.core.errors import WrongUse
 from plures.core.seeds import stream
 from plures.engine.model import Base

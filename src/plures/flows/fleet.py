@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plures.adapt import adapts
-from plures.bridges.adapter_folder import as_lora, attach, capture, check_shapes, merge_into, read_folder, write_folder
+from plures.bridges.adapter_folder import check_shapes, read_folder, write_folder
+from plures.bridges.on_model import as_lora, attach, capture, merge_into
 from plures.core.errors import BadInput, RecipeErrors, WrongUse, disk, nearest
 from plures.core.events import Sink
 from plures.core.folder import options_of

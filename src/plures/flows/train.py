@@ -16,7 +16,8 @@ import torch
 
 from plures.adapt import adapts
 from plures.adapt._lay import count_trained
-from plures.bridges.adapter_folder import WEIGHTS, capture, put_on, take_off, write_folder
+from plures.bridges.adapter_folder import WEIGHTS, write_folder
+from plures.bridges.on_model import capture, put_on, take_off
 from plures.bridges.peft import PluresConfig
 from plures.core.errors import BadInput, StoreBusy, WrongUse, disk
 from plures.core.events import Events, JsonLines, Sink, environment
