@@ -10,12 +10,12 @@ from plures.core.errors import WrongUse
 from plures.demo import corpus
 from plures.demo.tour import BASE, CONTENDERS, DEFAULT_TENANTS, chosen, summarise
 
-ALWAYS = ("asyncio", "email", "topics", "unittest", "web", "xml")
+ALWAYS = ("asyncio", "bytecode", "email", "topics", "unicode", "unittest", "web", "xml")
 
 
 def test_six_tenants_are_on_every_python() -> None:
     assert set(ALWAYS) <= set(corpus.tenants())
-    assert set(DEFAULT_TENANTS) <= set(ALWAYS)
+    assert set(DEFAULT_TENANTS) <= {*ALWAYS, "bytecode", "unicode"}
 
 
 @pytest.mark.parametrize("name", ALWAYS)

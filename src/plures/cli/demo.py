@@ -13,7 +13,7 @@ def command(
     out: Annotated[str, typer.Option(help="Folder for the demo's fleet and page.")] = "demo",
     tenants: Annotated[str, typer.Option(help="Tenants, comma-separated; none: three of them; 'all': every one.")] = "",
     seeds: Annotated[int, typer.Option(help="Repeat with so many seeds.")] = 1,
-    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 120,
+    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 100,
     workers: Annotated[
         int, typer.Option(help="Variants trained at once; 0: as many as there are cores, at most 4.")
     ] = 0,
