@@ -67,7 +67,9 @@ def train_one(job: Job) -> dict[str, Any]:
     recipe = load(TrainRecipe, {
         "fleet": job.fleet, "name": job.name, "adapt": job.contender.adapt, "seed": job.seed,
         "data": {"train": f"{job.data}/train.jsonl", "held_out": f"{job.data}/test.jsonl", "max_tokens": WINDOW_TOKENS},
-        "train": {"steps": job.steps, "batch_rows": 4, "lr": job.contender.lr, "threads": 1, "autocast": fast_bfloat16()},
+        "train": {
+            "steps": job.steps, "batch_rows": 4, "lr": job.contender.lr, "threads": 1, "autocast": fast_bfloat16(),
+        },
     })  # fmt: skip
     start = time.process_time()
     done = train(recipe)
