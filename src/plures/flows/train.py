@@ -327,9 +327,3 @@ def _keep(folder: Path, variant: Variant, name: str) -> None:
         for path in target.iterdir():
             path.unlink()
     write_folder(variant, target, name=name)
-
-
-def check_resumable(folder: Path) -> None:
-    """Raise BadInput unless `folder` is a run that can go on."""
-    if not (folder / "recipe.yaml").is_file():
-        raise BadInput(f"{str(folder)!r} is no run: it has no recipe.yaml")

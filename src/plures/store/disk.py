@@ -197,18 +197,18 @@ class Store:
         parsed = parse(ref)
         bare = parsed.number is None and parsed.alias is None
         if all and not bare:
-            raise WrongUse(f"{ref!r} is one version and all=True means every one; give {parsed.name!r}, or no all")
+            raise WrongUse(f"{ref!r} is one version and --all means every one; give {parsed.name!r}, or no --all")
         with self._index.write() as db:
             one = versions.find_version(db, parsed)
             if bare and not all:
                 said = versions.get_version(db, one).ref
-                raise WrongUse(f"{ref!r} says no version; give {said!r} for the latest, or all=True for every one")
+                raise WrongUse(f"{ref!r} says no version; give {said!r} for the latest, or --all for every one")
             same = "SELECT id FROM version WHERE name = (SELECT name FROM version WHERE id = ?) ORDER BY number"
             ids = [r[0] for r in db.execute(same, (one,))] if all else [one]
             gone = [versions.get_version(db, id) for id in ids]
             held = [f"{v.name}@{a}" for v in gone for a in v.aliases]
             if held and not force:
-                raise WrongUse(f"{ref!r} has the alias {versions.some(held)}; move it first, or use force=True")
+                raise WrongUse(f"{ref!r} has the alias {versions.some(held)}; move it first, or force it (--force)")
             db.executemany("DELETE FROM version WHERE id = ?", [(id,) for id in ids])
         return [v.ref for v in gone]
 
