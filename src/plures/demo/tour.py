@@ -121,8 +121,11 @@ def run(
     start = time.monotonic()
     say: Callable[[str], None] = (lambda _: None) if quiet else (lambda text: print(text, flush=True))
     names, folder = chosen(tenants), _fresh(Path(out))
+    import torch
+
     from plures.flows.fleet import Fleet
 
+    torch.set_num_threads(1)  # scoring here is short, and spinning threads are slow on a busy machine
     facts = json.loads((BASE / "training.json").read_text())
     say(f"base: a Llama of 2.8 million parameters, trained on {facts['tokens_seen'] / 1e6:.0f} million tokens of "
         f"Python {facts['python']}'s standard library; tenants: {', '.join(names)}")  # fmt: skip
