@@ -34,9 +34,10 @@ held-out text; less is better. These are the numbers of this run, on this machin
 {%- for n in names %}<td>{{ "%.4f"|format(cells[t][n]) }}</td>{% endfor %}</tr>
 {% endfor %}<tr class="best"><td>mean</td><td>{{ "%.4f"|format(told.summary.mean_bits_per_byte.base) }}</td>
 {%- for n in names %}<td>{{ "%.4f"|format(told.summary.mean_bits_per_byte[n]) }}</td>{% endfor %}</tr></table>
-<p>MoS against LoRA at equal parameters: {{ "%+.4f"|format(told.summary.mos_gain_at_equal_parameters) }} bits per byte
-better ({{ told.summary.mos_wins_at_equal_parameters }} pairs). Against LoRA with eight times the parameters it is
-{{ "%+.4f"|format(told.summary.mos_behind_lora_of_8x) }} behind. <small>The paper (arXiv:2410.00938) reports LoRA's quality at about
+{% set equal = told.summary.mos_gain_at_equal_parameters %}{% set wide = told.summary.mos_behind_lora_of_8x %}
+<p>MoS against LoRA at equal parameters: {{ "%.4f"|format(equal|abs) }} bits per byte {{ "better" if equal > 0 else "worse" }}
+on the mean, better on {{ told.summary.mos_wins_at_equal_parameters }} pairs. Against LoRA with eight times the parameters:
+{{ "%.4f"|format(wide|abs) }} {{ "worse" if wide > 0 else "better" }}. <small>The paper (arXiv:2410.00938) reports LoRA's quality at about
 an eighth of the parameters on 3B to 13B models; that is its claim, not this page's.</small></p>
 <h2>Training loss</h2>
 {{ figure }}

@@ -222,11 +222,12 @@ def _table(told: dict[str, Any]) -> str:
         )
     means = told["summary"]["mean_bits_per_byte"]
     lines.append(f"{'mean':10s}{means['base']:>10.4f}" + "".join(f"{means[n]:>12.4f}" for n in names))
-    means = told["summary"]
+    summary = told["summary"]
+    equal, wide = summary["mos_gain_at_equal_parameters"], summary["mos_behind_lora_of_8x"]
     lines.append(
-        f"MoS against LoRA at equal parameters: {means['mos_gain_at_equal_parameters']:+.4f} bits per byte better, "
-        f"on {means['mos_wins_at_equal_parameters']} pairs; against LoRA with 8x the parameters: "
-        f"{means['mos_behind_lora_of_8x']:+.4f} behind."
+        f"MoS against LoRA at equal parameters: {abs(equal):.4f} bits per byte {'better' if equal > 0 else 'worse'} on the "
+        f"mean, better on {summary['mos_wins_at_equal_parameters']} pairs. Against LoRA with 8x the parameters: "
+        f"{abs(wide):.4f} {'worse' if wide > 0 else 'better'}."
     )
     return "\n".join(lines)
 
