@@ -225,8 +225,8 @@ def _table(told: dict[str, Any]) -> str:
     summary = told["summary"]
     equal, wide = summary["mos_gain_at_equal_parameters"], summary["mos_behind_lora_of_8x"]
     lines.append(
-        f"MoS against LoRA at equal parameters: {abs(equal):.4f} bits per byte {'better' if equal > 0 else 'worse'} on the "
-        f"mean, better on {summary['mos_wins_at_equal_parameters']} pairs. Against LoRA with 8x the parameters: "
+        f"MoS against LoRA at equal parameters: {abs(equal):.4f} bits per byte {'better' if equal > 0 else 'worse'} "
+        f"on the mean, better on {summary['mos_wins_at_equal_parameters']} pairs. Against LoRA with 8x the parameters: "
         f"{abs(wide):.4f} {'worse' if wide > 0 else 'better'}."
     )
     return "\n".join(lines)
