@@ -166,10 +166,10 @@ def train_step(said: dict[str, Any], brief: bool) -> str:
     """Cost of a step against PEFT's LoRA of the same rank; in brief without our own LoRA."""
     rows = []
     for shape, found in said["shapes"].items():
-        told = len({r["peak_mb"] for r in found.values()}) > 1  # one number for all is not theirs
+        told = len({r.get("peak_mb") for r in found.values()}) > 1  # one number for all is not theirs
         for name, r in found.items():
             if not brief or name in ("peft-lora", "plures-mos"):
-                memory = f"{r['peak_mb']:.0f}" if told else "not measured"
+                memory = f"{r['peak_mb']:.0f}" if told and "peak_mb" in r else "not measured"
                 cpu = (f"{r['median_cpu_s']:.3f}", f"{r['median_of_ratios']:.3f}")
                 rows.append((shape, name, f"{r['trained']:,}", *cpu, memory))
     return (
