@@ -173,7 +173,7 @@ def test_aliases_move_and_protect(fleet: Store) -> None:
         fleet.unalias("n", "prod")
     with pytest.raises(WrongUse, match="says no version"):
         fleet.remove("n")
-    with pytest.raises(WrongUse, match="all=True"):
+    with pytest.raises(WrongUse, match="--all means every one"):
         fleet.remove("n@3", all=True)
     assert fleet.resolve("n").version == 3
 
