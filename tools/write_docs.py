@@ -190,7 +190,7 @@ def equal_budget(said: dict[str, Any], brief: bool) -> str:
             rows.append((name, f"{r['trained']:,}", *score, *against))
     return (
         f"Held-out bits per byte on the demo's base, less is better: mean over {len(said['tenants'])} tenants and "
-        f"{said['seeds']} seeds, {said['steps']} steps, one search of the learning rate for each contender; "
+        f"{said['seeds']} seeds, {said['steps']} steps, one search of the learning rate for each contender and tenant; "
         f"{sum(base) / len(base):.4f} without an adapter. Gain and wins are over the LoRA of as many trained "
         "numbers, in pairs of tenant and seed.\n\n"
         + table("contender | trained: | bits/byte: | sd over seeds: | gain: | wins:", rows)

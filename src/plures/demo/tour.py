@@ -26,7 +26,7 @@ WINDOW_TOKENS = 256
 
 @dataclass(frozen=True)
 class Contender:
-    """One method at one size, with the learning rate that benchmarks/equal_budget.py chose on validation text."""
+    """One method at one size, with one learning rate near those that equal_budget.py chose tenant by tenant."""
 
     name: str
     adapt: dict[str, Any]
