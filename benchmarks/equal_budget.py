@@ -67,7 +67,7 @@ ABLATION = [  # at e = 2: first what sharing does without MoS, then MoS less one
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: what, where, with which rate and seed, judged on which split."""
+    """One training run: what, where, with which rate and seed, judged on which split; `base` is "demo" or a folder."""
 
     contender: str
     adapt: dict[str, Any]
@@ -90,12 +90,13 @@ def _ready(base_folder: str, tenant: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from plures.demo import corpus
+    from plures.demo.tour import BASE
     from plures.engine.data import encode, read_rows
     from plures.engine.model import load_base, reference
 
     torch.set_num_threads(1)
     if "base" not in _kept:
-        _kept["base"] = load_base(reference(base_folder))
+        _kept["base"] = load_base(reference(str(BASE) if base_folder == "demo" else base_folder))
         _kept["base"].model.set_attn_implementation("eager")  # a fifth faster than SDPA at this size on a CPU
     if tenant not in _kept:
         got = corpus.tenant(tenant)
@@ -150,7 +151,7 @@ def run(job: Job) -> dict[str, Any]:
                 bits = float("inf")
     finally:
         model.unload()
-    return asdict(job) | {"bits_per_byte": bits, "base": zero, "trained": trained, "cpu_s": time.process_time() - start}
+    return asdict(job) | {"bits_per_byte": bits, "zero": zero, "trained": trained, "cpu_s": time.process_time() - start}
 
 
 class Runs:
@@ -211,7 +212,7 @@ def summarise(rows: list[dict[str, Any]], rates: dict[tuple[str, str], float]) -
     names = list(dict.fromkeys(r["contender"] for r in rows))
     tenants, seeds = sorted({r["tenant"] for r in rows}), sorted({r["seed"] for r in rows})
     bits = {(r["contender"], r["tenant"], r["seed"]): r["bits_per_byte"] for r in rows}
-    base = {r["tenant"]: r["base"] for r in rows}
+    base = {r["tenant"]: r["zero"] for r in rows}
     trained = {r["contender"]: r["trained"] for r in rows}
     per_seed = {n: [mean(bits[(n, t, s)] for t in tenants) for s in seeds] for n in names}
     full = mean(per_seed["full"]) if "full" in per_seed else None
@@ -253,18 +254,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="contenders whose name starts with one of these, comma-separated")
     parser.add_argument("--tenants", default=",".join(TENANTS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--base", default="", help="folder of another base than the demo's")
+    parser.add_argument("--base", default="demo", help="folder of another base than the demo's")
     parser.add_argument("--alpha", type=float, default=0.0, help="another alpha for LoRA and MoS")
     parser.add_argument("--name", default="equal_budget")
     args = parser.parse_args()
-    from plures.demo.tour import BASE
 
     def meant(contenders: list[Contender]) -> list[Contender]:
         keep = [c for c in contenders if not args.only or any(c.name.startswith(p) for p in args.only.split(","))]
         other = {"alpha": args.alpha} if args.alpha else {}
         return [Contender(c.name, c.adapt | ({} if c.name == "full" else other), c.middle) for c in keep]
 
-    base, wall, tenants = args.base or str(BASE), time.time(), args.tenants.split(",")
+    base, wall, tenants = args.base, time.time(), args.tenants.split(",")
     RESULTS.mkdir(exist_ok=True)
     runs = Runs(RESULTS / f"{args.name}.jsonl", args.workers)
 

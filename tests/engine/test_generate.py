@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from plures.core.errors import WrongUse
-from plures.engine.generate import Sampling, Session
+from plures.engine.ask import Sampling
+from plures.engine.generate import Session
 from plures.engine.model import load_base, reference
 from plures.store import Store
 from plures.tensors.variant import Variant

@@ -87,7 +87,12 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="for another base")
+    parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"], help="width; the FFN is 3 times as wide")
     args = parser.parse_args()
+    shape = SHAPE | {
+        "num_hidden_layers": args.layers, "hidden_size": args.hidden, "intermediate_size": 3 * args.hidden
+    }  # fmt: skip
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # a script of its own process, not the library: it may own the global seed
@@ -105,7 +110,7 @@ def main() -> None:
         pad_token_id=0,
         rope_theta=10000.0,
         attn_implementation="eager",  # a fifth faster than SDPA at this size on a CPU
-        **SHAPE,
+        **shape,
     )
     model = LlamaForCausalLM(config)
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,28 +13,9 @@ from peft import PeftModel
 from plures.bridges.on_model import attach
 from plures.core.errors import WrongUse
 from plures.core.seeds import stream
+from plures.engine.ask import Prompt, Sampling
 from plures.engine.model import Base
 from plures.tensors.variant import Variant
-
-Prompt = str | Sequence[Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedy at temperature 0, else from the top_p nucleus at that temperature."""
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise WrongUse(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.temperature < 0:
-            raise WrongUse(f"temperature must be at least 0, got {self.temperature}; 0 is greedy")
-        if not 0 < self.top_p <= 1:
-            raise WrongUse(f"top_p must be in (0, 1], got {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -77,8 +58,10 @@ class Session:
     def generate(self, prompts: Sequence[Prompt], slots: Sequence[str], how: Sampling) -> list[Completion]:
         """One completion a prompt, each by the variant in its slot, all in one batch.
 
-        Raises: WrongUse for an empty prompt, or one that leaves no room in the context.
+        Raises: WrongUse for an empty prompt, one that leaves no room in the context, or what only the server does.
         """
+        if how.stop or how.logprobs is not None or how.schema or how.ignore_end:
+            raise WrongUse("stop, logprobs, schema and ignore_end are answered by the server: plures serve")
         rows = [self.encode(p) for p in prompts]
         room = getattr(self.base.model.config, "max_position_embeddings", 1 << 30)
         for prompt, ids in zip(prompts, rows, strict=True):

@@ -14,8 +14,9 @@ from plures.core.errors import BadInput, RecipeErrors, WrongUse, disk, nearest
 from plures.core.events import Sink
 from plures.core.folder import options_of
 from plures.core.recipe import load
+from plures.engine.ask import Prompt, Sampling
 from plures.engine.data import Rows, encode, held_out, read_rows
-from plures.engine.generate import Completion, Prompt, Sampling, Session
+from plures.engine.generate import Completion, Session
 from plures.engine.loop import Score, evaluate
 from plures.engine.model import empty_base, linear_names, load_base, reference
 from plures.flows.recipes import DataPart, LoopPart, TrainRecipe
