@@ -35,11 +35,11 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def make_base(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """A Llama of 3 layers and width 32 with random weights, and a byte-level BPE tokenizer, saved in `folder`."""
+def make_base(folder: Path, seed: int = 0, kind: str = "llama", **config: Any) -> Path:
+    """A Llama (or its kin) of 3 layers and width 32 with random weights, and a byte-level BPE, saved in `folder`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,7 +57,7 @@ def make_base(folder: Path, seed: int = 0, **config: Any) -> Path:
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(settings | config)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -188,12 +188,26 @@ def equal_budget(said: dict[str, Any], brief: bool) -> str:
         if not brief or name.startswith(("lora", "mos-e", "full")):
             score = (f"{r['bits_per_byte']:.4f}", f"{r['sd_over_seeds']:.4f}")
             rows.append((name, f"{r['trained']:,}", *score, *against))
+    ablation = "" if brief or "ablation" not in said else _ablation(said["ablation"])
     return (
         f"Held-out bits per byte on the demo's base, less is better: mean over {len(said['tenants'])} tenants and "
         f"{said['seeds']} seeds, {said['steps']} steps, one search of the learning rate for each contender and tenant; "
         f"{sum(base) / len(base):.4f} without an adapter. Gain and wins are over the LoRA of as many trained "
         "numbers, in pairs of tenant and seed.\n\n"
         + table("contender | trained: | bits/byte: | sd over seeds: | gain: | wins:", rows)
+        + ablation
+    )
+
+
+def _ablation(said: dict[str, Any]) -> str:
+    """What each idea of MoS is worth: the steps that lead to it, and MoS less one idea."""
+    rows = [
+        (name, f"{r['trained']:,}", f"{r['bits_per_byte']:.4f}", f"{r['sd_over_seeds']:.4f}")
+        for name, r in said["contenders"].items()
+    ]
+    return (
+        f"\nThe paper's ablation at e = 2 (tenant {', '.join(said['tenants'])}; mos-e2-r12 is MoS whole):\n\n"
+        + table("contender | trained: | bits/byte: | sd over seeds:", rows)
     )
 
 

@@ -23,8 +23,9 @@ class Adapter(Protocol):
     """Floating tensors train unless `frozen` names their leaf; integer tensors are constants.
 
     Optional: `forward(x, y, own, pool)` returns the adapted output `[..., out]` given `y`, the base's output (it then
-    works on quantised bases), and `factors(own, pool)` returns `(B, A)` with `delta = B A`, so that the variant
-    exports to plain LoRA without loss.
+    works on quantised bases); `factors(own, pool)` returns `(B, A)` with `delta = B A`, so that the variant exports to
+    plain LoRA without loss; `shards(own, pool)` returns `(rows [2, r, l], scale [r])` where A and B are rows of the
+    pool's leaves "A" and "B" put side by side, so that the server keeps the pools and never builds the factors.
     """
 
     frozen: ClassVar[frozenset[str]]

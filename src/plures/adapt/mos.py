@@ -137,6 +137,12 @@ class Mos:
             A = A * own["scale"][:, None]
         return B.T * (self.alpha / rank), A
 
+    def shards(self, own: Tensors, pool: Tensors) -> tuple[Tensor, Tensor]:
+        """Which shards make one site's factors, `[2, r, l]` rows of pool A and pool B, and each rank's scale `[r]`."""
+        table = own["index"].view(2, -1, self.l)
+        scale = torch.full((table.shape[1],), self.alpha / table.shape[1])
+        return table, scale * own["scale"] if "scale" in own else scale
+
     def weight(self, W: Tensor, own: Tensors, pool: Tensors) -> Tensor:
         """`W + alpha/r * B A`, with A and B written as the paper does: rows i::l joined along the features."""
         index = own["index"].long()

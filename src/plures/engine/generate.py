@@ -14,7 +14,7 @@ from plures.bridges.on_model import attach
 from plures.core.errors import WrongUse
 from plures.core.seeds import stream
 from plures.engine.ask import Prompt, Sampling
-from plures.engine.model import Base
+from plures.engine.model import Base, encode_prompt
 from plures.tensors.variant import Variant
 
 
@@ -47,12 +47,7 @@ class Session:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of messages through the tokenizer's chat template."""
-        tokenizer: Any = self.base.tokenizer
-        if isinstance(prompt, str):
-            return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-        if not tokenizer.chat_template:
-            raise WrongUse(f"base {self.base.ref.name!r} has no chat template; give the prompt as plain text")
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return encode_prompt(self.base, prompt)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], slots: Sequence[str], how: Sampling) -> list[Completion]:

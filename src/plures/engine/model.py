@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as quiet
 
 from plures.core.errors import BadInput, Unreachable, WrongUse, disk, nearest
+from plures.engine.ask import Prompt
 from plures.tensors.safe import header, refuse_pickle
 from plures.tensors.site import Site, natural
 from plures.tensors.variant import BaseRef
@@ -207,3 +209,19 @@ def find_sites(model: nn.Module, targets: str | Sequence[str] = "all-linear", la
 
 def _endings(found: Sequence[str] | dict[str, Any]) -> str:
     return ", ".join(sorted({n.rpartition(".")[2] for n in found}))
+
+
+def encode_prompt(base: Base, prompt: Prompt) -> list[int]:
+    """Token ids of a text, or of messages through the tokenizer's chat template.
+
+    Raises: WrongUse for messages to a base without a template, or that the template refuses.
+    """
+    tokenizer: Any = base.tokenizer
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+    if not tokenizer.chat_template:
+        raise WrongUse(f"base {base.ref.name!r} has no chat template; give the prompt as plain text")
+    try:
+        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    except TemplateError as error:
+        raise WrongUse(f"the chat template of base {base.ref.name!r} refuses these messages: {error}") from error

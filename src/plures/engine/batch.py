@@ -1,0 +1,84 @@
+"""One step's batch: which tokens of which rows are computed, and where their keys and values go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from plures.engine.ask import Ask, Piece
+from plures.engine.cache import BLOCK, Held
+from plures.engine.choose import Chooser, Words
+from plures.engine.decoder import Chunk, Flat
+from plures.engine.schedule import Waiting
+
+Deliver = Callable[[Piece], None]
+
+
+@dataclass
+class Row:
+    """A request on its way: `tokens` are prompt and answer so far, `done` of them are in the cache."""
+
+    ask: Ask
+    deliver: Deliver
+    waiting: Waiting
+    tokens: list[int]
+    words: Words
+    chooser: Chooser
+    held: Held | None = None
+    slot: int = -1
+    done: int = 0
+    n_cached: int = 0
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.ask.tokens)
+
+    @property
+    def n_new(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+
+def flatten(
+    rows: Sequence[Row], prefill_tokens: int, grow: Callable[[Row, int, bool], bool]
+) -> tuple[Flat, list[Row], list[Row]]:
+    """This step's batch, the rows that decode, and those whose prompt ends in it.
+
+    `grow(row, tokens, push)` gives a row cache blocks for `tokens` tokens; with `push` it may preempt other rows.
+    A prompt's chunk counts as done from here on.
+    """
+    decoding, filling = [], []
+    for row in rows:
+        if row.held is None:  # pushed out for an earlier one
+            continue
+        if row.done == len(row.tokens) - 1:
+            if grow(row, len(row.tokens), True):
+                decoding.append(row)
+        else:
+            filling.append(row)
+    decoding = [r for r in decoding if r.held is not None]
+    tokens = [r.tokens[-1] for r in decoding]
+    positions = [r.done for r in decoding]
+    blocks = [held.blocks[r.done // BLOCK] for r in decoding if (held := r.held)]
+    table = np.zeros((len(decoding), max((len(h.blocks) for r in decoding if (h := r.held)), default=1)), np.int32)
+    for i, held in enumerate(h for r in decoding if (h := r.held)):
+        table[i, : len(held.blocks)] = held.blocks
+    chunks, ending = [], []
+    for row in filling:
+        n = min(prefill_tokens - (len(tokens) - len(decoding)), len(row.tokens) - row.done)
+        if n <= 0 or row.held is None or not grow(row, row.done + n, False):
+            continue
+        span, last = range(row.done, row.done + n), row.done + n == len(row.tokens)
+        mine = row.held.blocks[: -(-span.stop // BLOCK)]
+        chunks.append(Chunk(len(tokens), n, row.done, row.slot, mine, last))
+        tokens.extend(row.tokens[span.start : span.stop])
+        positions.extend(span)
+        blocks.extend(mine[p // BLOCK] for p in span)
+        row.done += n
+        if last:
+            ending.append(row)
+    lengths = np.array([len(r.tokens) for r in decoding], np.int64)
+    slots = np.array([r.slot for r in decoding], np.int64)
+    flat = Flat(tokens, np.array(positions, np.int64), np.array(blocks, np.int64), slots, table, lengths, chunks)
+    return flat, decoding, ending

@@ -1,0 +1,281 @@
+"""The native model: Llama, Mistral and Qwen decoders over a flat batch of tokens, each row with its own adapter.
+
+Weights come from any transformers checkpoint of these families; greedy tokens equal transformers'. Query, key and value
+are one product, gate and up another; linear weights are laid out once as oneDNN likes them (`Linear`). Rows that
+decode stand first in the batch and go through compiled loops; chunks of prompts follow and go through ordinary
+products. Other architectures are answered through transformers itself (`engine.generate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from plures.engine.bank import Bank, Place
+from plures.engine.cache import Cache
+from plures.engine.kernels import add_adapters, attend, gather, rotate_and_keep
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+GROUPS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+          ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
+QKV, O, GATE_UP, DOWN = range(4)
+
+
+def why_not_native(config: Any) -> str:
+    """Why this model cannot run natively, or "" where it can."""
+    kind = config.model_type
+    if kind not in FAMILIES:
+        return f"architecture {kind!r} is not one of {', '.join(FAMILIES)}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (how := rope.get("rope_type", "default")) not in ("default", "linear", "llama3", "yarn"):
+        return f"rotary positions of type {how!r} change with the length"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"activation {config.hidden_act!r} is not silu"
+    if getattr(config, "mlp_bias", False) or getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0):
+        return "its MLP has biases or its rotary positions are partial"
+    return ""
+
+
+class Linear:
+    """`x W^T + b`, with W laid out for oneDNN where that is there and exact, else as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int = 32) -> None:
+        self.out, self.into = weight.shape
+        self.weight, self.bias, self.packed = weight, bias, False
+        if _prepacks(weight.dtype) and weight.device.type == "cpu":
+            self.weight, self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows), True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[n, into]` to `[n, out]`."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+_can: dict[torch.dtype, bool] = {}
+
+
+def _prepacks(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed product is there in this build and gives what `linear` gives (they are private names)."""
+    if dtype not in _can:
+        try:
+            x = torch.arange(64, dtype=torch.float32).reshape(2, 32).to(dtype) / 64
+            w = torch.arange(1024, dtype=torch.float32).reshape(32, 32).to(dtype) / 1024
+            packed = torch.ops.mkldnn._reorder_linear_weight(w, 32)
+            got = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+            _can[dtype] = bool(torch.allclose(got.float(), x.float() @ w.float().T, rtol=2e-2, atol=1e-2))
+        except (RuntimeError, AttributeError, NotImplementedError):
+            _can[dtype] = False
+    return _can[dtype]
+
+
+@dataclass
+class Chunk:
+    """A run of one row's prompt: tokens `[first, first + n)` of the batch, after `past` tokens in the cache."""
+
+    first: int
+    n: int
+    past: int
+    slot: int
+    blocks: list[int]
+    last: bool  # whether the prompt ends with it, so that the next token is wanted
+
+
+@dataclass
+class Flat:
+    """One step's work: tokens of all rows in one line, decoding rows first (one token each), then chunks.
+
+    `slots[i]` is the slot of decoding row i, -1 for the base. `table[i]` are its blocks, `lengths[i]` its tokens in the
+    cache with the new one. `blocks[t]` is the block that token t is written to.
+    """
+
+    tokens: list[int]
+    positions: np.ndarray[Any, np.dtype[np.int64]]
+    blocks: np.ndarray[Any, np.dtype[np.int64]]
+    slots: np.ndarray[Any, np.dtype[np.int64]]
+    table: np.ndarray[Any, np.dtype[np.int32]]
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+@dataclass
+class _Layer:
+    norm_in: Tensor
+    norm_mlp: Tensor
+    linears: tuple[Linear, Linear, Linear, Linear]  # qkv, o, gate_up, down
+    norm_q: Tensor | None
+    norm_k: Tensor | None
+    window: int
+
+
+class Decoder:
+    """A decoder of one of the native families, on the CPU; `dtype` float32 or bfloat16."""
+
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+        config = model.config
+        if reason := why_not_native(config):
+            raise ValueError(reason)
+        weights = {k: t.detach().to(dtype) for k, t in model.state_dict().items()}
+        self.dtype, self.eps = dtype, float(config.rms_norm_eps)
+        self.n_q, self.n_kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        self.d = getattr(config, "head_dim", None) or config.hidden_size // self.n_q
+        self.hidden, self.ffn, self.n_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        self.vocab, self.context = config.vocab_size, config.max_position_embeddings
+        self.embed, self.norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
+        head = weights.get("lm_head.weight", self.embed)
+        self.head = Linear(head, weights.get("lm_head.bias"))
+        self.layers = [self._layer(weights, config, i) for i in range(self.n_layers)]
+        self.cos, self.sin = self._rotary(model)
+        widths = {"self_attn.q_proj": self.n_q * self.d, "mlp.down_proj": self.hidden, "self_attn.o_proj": self.hidden,
+                  "mlp.gate_proj": self.ffn, "mlp.up_proj": self.ffn}  # fmt: skip
+        self.columns = [
+            np.cumsum([0, *(widths.get(n, self.n_kv * self.d) for n in names)])[:-1].astype(np.int64)
+            for names in GROUPS
+        ]
+        self.widths = [[widths.get(n, self.n_kv * self.d) for n in names] for names in GROUPS]
+
+    def places(self) -> dict[str, Place]:
+        """Where every site of the base stands here, by its name in transformers."""
+        return {
+            f"model.layers.{layer}.{name}": Place(layer, group, at)
+            for layer in range(self.n_layers) for group, names in enumerate(GROUPS) for at, name in enumerate(names)
+        }  # fmt: skip
+
+    @property
+    def shape(self) -> list[int]:
+        """The number of sites of every projection group, for the bank."""
+        return [len(names) for names in GROUPS]
+
+    def _layer(self, weights: Mapping[str, Tensor], config: Any, i: int) -> _Layer:
+        at = f"model.layers.{i}."
+
+        def joined(names: tuple[str, ...]) -> Linear:
+            parts = [weights[f"{at}{n}.weight"] for n in names]
+            biases = [weights.get(f"{at}{n}.bias") for n in names]
+            bias = None
+            if any(b is not None for b in biases):
+                bias = torch.cat([b if b is not None else torch.zeros(len(w), dtype=w.dtype)
+                                  for b, w in zip(biases, parts, strict=True)])  # fmt: skip
+            return Linear(torch.cat(parts) if len(parts) > 1 else parts[0], bias)
+
+        kinds = getattr(config, "layer_types", None)
+        sliding = kinds[i] == "sliding_attention" if kinds else config.model_type == "mistral"
+        window = (getattr(config, "sliding_window", None) or 0) if sliding else 0
+        linears = (joined(GROUPS[QKV]), joined(GROUPS[O]), joined(GROUPS[GATE_UP]), joined(GROUPS[DOWN]))
+        return _Layer(
+            weights[f"{at}input_layernorm.weight"], weights[f"{at}post_attention_layernorm.weight"], linears,
+            weights.get(f"{at}self_attn.q_norm.weight"), weights.get(f"{at}self_attn.k_norm.weight"), window,
+        )  # fmt: skip
+
+    def _rotary(self, model: Any) -> tuple[Any, Any]:
+        """Cosines and sines `[context, d/2]`, as the model's own module computes them."""
+        with torch.no_grad():
+            cos, sin = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(self.context)[None])
+        half = self.d // 2
+        return cos[0, :, :half].float().contiguous().numpy(), sin[0, :, :half].float().contiguous().numpy()
+
+    @torch.no_grad()
+    def step(self, flat: Flat, bank: Bank | None, cache: Cache) -> Tensor:
+        """Logits `[rows, vocab]`, float32: of the decoding rows, then of the chunks that end a prompt.
+
+        Keys and values of every token of the batch are in the cache afterwards.
+        """
+        n_decode = len(flat.slots)
+        rows = np.flatnonzero(flat.slots >= 0)  # rows of the base have no part in what adapters compute
+        slots = flat.slots[rows]
+        x = self.embed[torch.tensor(flat.tokens)]
+        for i, layer in enumerate(self.layers):
+            keys, values = cache.layer(i)
+
+            def adapted(group: int, into: Tensor, i: int = i, layer: _Layer = layer) -> Tensor:
+                y = layer.linears[group](into)
+                if bank is not None:
+                    y = self._adapt(i, group, into, y, rows, slots, flat.chunks, bank)
+                return y
+
+            qkv = adapted(QKV, rms_norm(x, (self.hidden,), layer.norm_in, self.eps))
+            if layer.norm_q is not None:
+                qkv = self._norm_heads(qkv, layer)
+            qkv = qkv.float()
+            flows = qkv.numpy()
+            rotate_and_keep(flows, self.n_q, self.n_kv, self.cos, self.sin, flat.positions, flat.blocks, keys, values)
+            out = torch.empty(len(flat.tokens), self.n_q * self.d)
+            if n_decode:
+                attend(flows, self.n_q, self.d**-0.5, flat.table, flat.lengths, layer.window, keys, values, out.numpy())
+            for chunk in flat.chunks:
+                self._attend_chunk(chunk, qkv, keys, values, layer.window, out)
+            x = x + adapted(O, out.to(self.dtype))
+            gate, up = adapted(GATE_UP, rms_norm(x, (self.hidden,), layer.norm_mlp, self.eps)).split(self.ffn, dim=-1)
+            x = x + adapted(DOWN, silu(gate) * up)
+        ends = [c.first + c.n - 1 for c in flat.chunks if c.last]
+        if len(flat.tokens) > n_decode:
+            x = x[[*range(n_decode), *ends]]
+        return self.head(rms_norm(x, (self.hidden,), self.norm, self.eps)).float()
+
+    def _norm_heads(self, qkv: Tensor, layer: _Layer) -> Tensor:
+        """Queries and keys normalised head by head (Qwen 3)."""
+        assert layer.norm_q is not None and layer.norm_k is not None
+        n, d = qkv.shape[0], self.d
+        q, k, v = qkv.split((self.n_q * d, self.n_kv * d, self.n_kv * d), dim=-1)
+        q = rms_norm(q.reshape(n, -1, d), (d,), layer.norm_q, self.eps).flatten(1)
+        k = rms_norm(k.reshape(n, -1, d), (d,), layer.norm_k, self.eps).flatten(1)
+        return torch.cat((q, k, v), dim=-1)
+
+    def _adapt(self, layer: int, group: int, x: Tensor, y: Tensor, rows: Any, slots: Any, chunks: list[Chunk],
+               bank: Bank) -> Tensor:  # fmt: skip
+        """`y` with every adapted row's delta added, in float32."""
+        busy = [c for c in chunks if c.slot >= 0]
+        if not len(rows) and not busy:
+            return y
+        x32, y32 = x.float().contiguous(), y.float()
+        if len(rows):
+            add_adapters(x32.numpy(), y32.numpy(), rows, slots, bank.arena, bank.index, bank.sites[layer][group],
+                         self.columns[group])  # fmt: skip
+        for chunk in busy:
+            span = slice(chunk.first, chunk.first + chunk.n)
+            sites = bank.sites[layer][group][chunk.slot]
+            for t, width in enumerate(self.widths[group]):
+                if sites[t, 5]:
+                    at = int(self.columns[group][t])
+                    _add_chunk(x32[span], y32[span, at : at + width], sites[t], bank)
+        return y32.to(y.dtype)
+
+    def _attend_chunk(self, chunk: Chunk, qkv: Tensor, keys: Any, values: Any, window: int, out: Tensor) -> None:
+        """Causal attention of a chunk over its row's cached tokens, itself included."""
+        d, n = self.d, chunk.past + chunk.n
+        k = torch.from_numpy(keys[chunk.blocks]).permute(1, 0, 3, 2).reshape(self.n_kv, -1, d)[None, :, :n]
+        v = torch.from_numpy(values[chunk.blocks]).permute(1, 0, 2, 3).reshape(self.n_kv, -1, d)[None, :, :n]
+        span = slice(chunk.first, chunk.first + chunk.n)
+        q = qkv[span, : self.n_q * d].reshape(1, chunk.n, self.n_q, d).transpose(1, 2)
+        if not chunk.past and not 0 < window < n:
+            got = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_q != self.n_kv)
+        else:
+            here = torch.arange(chunk.past, n)[:, None] - torch.arange(n)[None]
+            mask = (here >= 0) & (here < window) if window > 0 else here >= 0
+            got = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_q != self.n_kv)
+        out[span] = got[0].transpose(0, 1).reshape(chunk.n, -1)
+
+
+def _add_chunk(x: Tensor, y: Tensor, site: Any, bank: Bank) -> None:
+    """Add one variant's delta at one site to many tokens: `y += B (scale * (A x))`, two products."""
+    at_a, at_b, ia, ib, at_s, r, l, w, wo = (int(n) for n in site)
+    A, B = _factor(bank, at_a, ia, r, l, w), _factor(bank, at_b, ib, r, l, wo)
+    scale = torch.from_numpy(bank.arena[at_s : at_s + r])
+    y.addmm_((x @ A.T) * scale, B)
+
+
+def _factor(bank: Bank, at: int, first: int, r: int, l: int, width: int) -> Tensor:
+    """`[r, l * width]`: in place where the rows are whole and in order, else gathered."""
+    rows = bank.index[first : first + r * l]
+    if l == 1 and (np.diff(rows) == 1).all():
+        start = at + int(rows[0]) * width
+        return torch.from_numpy(bank.arena[start : start + r * width]).view(r, width)
+    out = np.empty((r * l, width), np.float32)
+    gather(bank.arena, bank.index, at, first, width, out)
+    return torch.from_numpy(out).view(r, l * width)

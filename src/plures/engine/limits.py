@@ -1,0 +1,53 @@
+"""How large a serving engine is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from plures.core.errors import WrongUse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How large the engine is.
+
+    Options:
+        rows: requests that are answered at once.
+        prefill_tokens: prompt tokens computed in one step, beside the rows that decode.
+        kv_tokens: tokens whose keys and values fit in memory, all rows together; 0 takes what a quarter of the
+            machine's memory holds, at most 65,536.
+        slots: variants resident at once.
+        bank_bytes: memory for the resident variants' numbers, touched as it is used.
+        host_bytes: memory for variants that are packed and wait for a slot.
+        share_prefixes: whether equal prefixes of one variant are computed once.
+        policy: "vtc", fair between tenants, or "fcfs", first come first served.
+        bfloat16: whether the base runs in bfloat16 (adapters, attention and logits stay float32).
+    """
+
+    rows: int = 32
+    prefill_tokens: int = 256
+    kv_tokens: int = 0
+    slots: int = 64
+    bank_bytes: int = 1 << 30
+    host_bytes: int = 1 << 30
+    share_prefixes: bool = True
+    policy: str = "vtc"
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "prefill_tokens", "slots", "bank_bytes", "host_bytes"):
+            if getattr(self, name) < 1:
+                raise WrongUse(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kv_tokens < 0:
+            raise WrongUse(f"kv_tokens must be at least 0, got {self.kv_tokens}; 0 takes a quarter of the memory")
+        if self.policy not in ("vtc", "fcfs"):
+            raise WrongUse(f"policy must be 'vtc' or 'fcfs', got {self.policy!r}")
+
+    def tokens_kept(self, bytes_per_token: int, context: int) -> int:
+        """Tokens whose keys and values are kept: as asked, or by the machine's memory; one whole request at least."""
+        most = self.kv_tokens
+        if not most:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            most = min(65_536, memory // 4 // bytes_per_token)
+        return max(most, context)

@@ -1,0 +1,398 @@
+"""The serving engine: one thread that answers many requests, each by its own variant, in one running batch.
+
+Every step computes one token for each row that decodes, and at most `prefill_tokens` of the prompts that have begun.
+Requests wait in a queue that is fair between tenants; a row that ends, or is preempted, leaves its keys and values for
+whoever has the same prefix under the same variant. A variant's identity is the hash of its content: nothing here
+knows a name, so nothing here can change under a request.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from plures.core.errors import WrongUse
+from plures.engine.admit import Admission
+from plures.engine.ask import BASE, Ask, Chosen, Overloaded, Piece, Prompt, Unavailable
+from plures.engine.bank import Bank
+from plures.engine.batch import Deliver, Row, flatten
+from plures.engine.cache import BLOCK, Cache
+from plures.engine.choose import Chooser, Grammars, Words, chosen, greedy
+from plures.engine.decoder import Decoder, Flat
+from plures.engine.limits import Settings
+from plures.engine.model import Base, encode_prompt
+from plures.engine.schedule import Queue, Share, Waiting
+from plures.engine.tiers import Tiers
+from plures.tensors.variant import Variant
+
+
+class Engine:
+    """Answers requests from a base and any number of its variants; see `Serving` for what doors call.
+
+    `fetch` gives a variant by its identity; `share_of` what a tenant may use. `start` begins the thread; without it,
+    `step` may be called by hand.
+    """
+
+    def __init__(
+        self, base: Base, fetch: Callable[[str], Variant], settings: Settings = Settings(), *,
+        share_of: Callable[[str], Share] = lambda _: Share(), admission: Admission | None = None,
+    ) -> None:  # fmt: skip
+        self.base, self.settings = base, settings
+        self.decoder = Decoder(base.model, torch.bfloat16 if settings.bfloat16 else torch.float32)
+        d = self.decoder
+        self.context = d.context
+        kept = settings.tokens_kept(8 * d.n_layers * d.n_kv * d.d, d.context)
+        blocks = -(-kept // BLOCK)
+        self.cache = Cache(d.n_layers, d.n_kv, d.d, blocks, settings.share_prefixes)
+        self.bank = Bank(d.n_layers, d.shape, settings.slots, settings.bank_bytes)
+        self._lock = threading.Condition()
+        self.tiers = Tiers(self.bank, d.places(), fetch, host_bytes=settings.host_bytes, loaded=self._wake)
+        self.share_of = share_of
+        self.queue = Queue(share_of, policy=settings.policy)  # type: ignore[arg-type]
+        self.admission = admission or Admission()
+        self.grammars = Grammars(base.tokenizer)
+        generation = getattr(base.model, "generation_config", None)
+        ends = getattr(generation, "eos_token_id", None)
+        ends = ends if ends is not None else getattr(base.tokenizer, "eos_token_id", None)
+        self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._waiting: dict[int, Row] = {}
+        self._running: dict[int, Row] = {}
+        self._cancelled: set[int] = set()
+        self._pins: deque[frozenset[str]] = deque()
+        self._next = self._stirred = 0
+        self._owed = self._owed_waiting = 0
+        self._speed, self._last_step_s = 0.0, 0.0
+        self.steps = self.computed_tokens = self.cached_tokens = self.new_tokens = self.preempted = 0
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self.failure = ""
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, or of messages through the chat template. Raises: WrongUse."""
+        return encode_prompt(self.base, prompt)
+
+    def submit(self, ask: Ask, deliver: Deliver) -> int:
+        """Queue a request; see `Serving`."""
+        n = len(ask.tokens)
+        if not n:
+            raise WrongUse("the prompt is empty: it has no tokens")
+        if n + ask.how.max_tokens > self.context:
+            raise WrongUse(
+                f"a prompt of {n} tokens and {ask.how.max_tokens} new ones do not fit the context of {self.context}"
+            )
+        if not all(0 <= t < self.decoder.vocab for t in ask.tokens):
+            least, most = min(ask.tokens), max(ask.tokens)
+            raise WrongUse(f"token ids must be in [0, {self.decoder.vocab}), got {least} to {most}")
+        grammar = self.grammars.make(ask.how.schema) if ask.how.schema else None
+        with self._lock:
+            if self._stopping or self.failure:
+                raise Overloaded("the server is stopping" if self._stopping else self.failure, 30.0)
+            now, tokens = time.monotonic(), n + ask.how.max_tokens
+            share = self.share_of(ask.tenant)
+            self.admission.check(
+                use=(self._owed + tokens) / (self.cache.size * BLOCK), waiting=len(self.queue),
+                waiting_tokens=self._owed_waiting, tokens=tokens, weight=share.weight,
+                behind=self.queue.lead(ask.tenant), drain_tokens_s=self._speed,
+            )  # fmt: skip
+            self._next += 1
+            waiting = Waiting(self._next, ask.tenant, ask.variant, n, ask.how.max_tokens, now)
+            self.queue.put(waiting, now)
+            self._owed += tokens
+            self._owed_waiting += tokens
+            words = Words(self.base.tokenizer, ask.how.stop)
+            self._waiting[self._next] = Row(ask, deliver, waiting, list(ask.tokens), words, Chooser(ask.how, grammar))
+            if ask.variant != BASE:
+                self.tiers.ask(ask.variant)
+            self._stir()
+            return self._next
+
+    def cancel(self, ticket: int) -> None:
+        """End a request early; see `Serving`."""
+        with self._lock:
+            self._cancelled.add(ticket)
+            self._stir()
+
+    def pin(self, identities: frozenset[str]) -> None:
+        """These variants stay resident from now on, and no others; they are loaded now."""
+        with self._lock:
+            self._pins.append(identities)
+            self._stir()
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._stir()
+
+    def _stir(self) -> None:
+        self._stirred += 1
+        self._lock.notify()
+
+    def start(self) -> None:
+        """Begin to answer, in a thread of its own."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._run, name="plures-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, grace_s: float = 30.0) -> None:
+        """Take no more requests, finish those that run within `grace_s`, end the rest with an error, and stop."""
+        with self._lock:
+            self._stopping = True
+            self._stir()
+        until = time.monotonic() + grace_s
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < until:
+            with self._lock:
+                if not self._running and not self._waiting:
+                    break
+            time.sleep(0.01)
+        with self._lock:
+            self.failure = self.failure or "the server is stopping"
+            self._stir()
+        if self._thread is not None:
+            self._thread.join()
+        self._fail_all(self.failure)
+        self.tiers.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread is not None and self._thread.is_alive() and not self.failure
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    if self.failure:
+                        return
+                    seen = self._stirred
+                if not self.step():
+                    with self._lock:
+                        if seen == self._stirred:  # nothing came while we looked
+                            self._lock.wait(0.05 if self._waiting else 1.0)
+        except BaseException as error:  # whatever it is, those who wait must hear of it
+            self.failure = f"the engine failed: {type(error).__name__}: {error}"
+            self._fail_all(self.failure)
+            raise
+
+    def _fail_all(self, why: str) -> None:
+        with self._lock:
+            rows = [*self._running.values(), *self._waiting.values()]
+            self._running.clear()
+            self._waiting.clear()
+        for row in rows:
+            self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt, n_new=row.n_new))
+
+    def step(self) -> bool:
+        """Do one step; False where there was nothing to do."""
+        began = time.monotonic()
+        self._settle(began)
+        rows = list(self._running.values())
+        if not rows:
+            return False
+        flat, decoding, ending = flatten(rows, self.settings.prefill_tokens, self._grow)
+        if not flat.tokens:
+            return False
+        logits = self.decoder.step(flat, self.bank, self.cache)
+        self._account(flat, decoding)
+        self._advance([*decoding, *ending], logits)
+        self._clock(len(flat.tokens), time.monotonic() - began)
+        return True
+
+    def _settle(self, now_s: float) -> None:
+        """Between two steps: pins, cancellations, preemption, and requests that begin."""
+        with self._lock:
+            pins = [self._pins.popleft() for _ in range(len(self._pins))]
+            gone = [self._drop(t) for t in self._cancelled]
+            self._cancelled.clear()
+        for row in gone:
+            if row is not None:
+                self._tell(row, self._last(row, "cancelled"))
+        if pins:
+            self.tiers.pinned = pins[-1]
+        for identity in self.tiers.pinned - self.bank.slots.keys():
+            self._enter_pinned(identity)
+        with self._lock:
+            failed = self._failed_to_load()
+        for row, why in failed:
+            self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt))
+        with self._lock:
+            if self._waiting and len(self._running) >= self.settings.rows:
+                victim = self.queue.victim([r.waiting for r in self._running.values()])
+                if victim is not None:
+                    self._suspend(self._running[victim.ticket])
+            while len(self._running) < self.settings.rows:
+                w = self.queue.pick(self._resident, self._fits, now_s)
+                if w is None:
+                    break
+                self._begin(self._waiting.pop(w.ticket))
+
+    def _enter_pinned(self, identity: str) -> None:
+        try:
+            if self.tiers.ready(identity) and self.tiers.enter(identity) is not None:
+                self.tiers.leave(identity)
+        except Unavailable:
+            self.tiers.pinned -= {identity}
+
+    def _failed_to_load(self) -> list[tuple[Row, str]]:
+        """Waiting requests whose variant cannot be loaded, taken out of the queue."""
+        why = self.tiers.failures()
+        rows = [(t, r) for t, r in self._waiting.items() if r.ask.variant in why] if why else []
+        return [(dropped, why[r.ask.variant]) for t, r in rows if (dropped := self._drop(t)) is not None]
+
+    def _resident(self, identity: str) -> bool:
+        return identity == BASE or identity in self.bank.slots
+
+    def _fits(self, w: Waiting) -> bool:
+        """Whether a request could begin now: its variant is in memory and its prompt fits the cache."""
+        if -(-(w.n_prompt + w.n_done + 1) // BLOCK) > self.cache.room - len(self._running):
+            return False
+        if w.variant == BASE:
+            return True
+        return self.tiers.ready(w.variant) and self.tiers.can_enter(w.variant)
+
+    def _begin(self, row: Row) -> None:
+        """Give a request its slot, and what the cache already has of it."""
+        if row.ask.variant != BASE:
+            slot = self.tiers.enter(row.ask.variant)
+            if slot is None:  # the room is there but in pieces too small; it waits for rows to end
+                self.queue.back(row.waiting)
+                self._waiting[row.waiting.ticket] = row
+                return
+            row.slot = slot
+        row.held, row.done = self.cache.begin(row.ask.variant, row.tokens)
+        if not row.n_new:
+            row.n_cached = row.done
+            self.cached_tokens += row.done
+        tokens = len(row.ask.tokens) + row.ask.how.max_tokens
+        self._owed_waiting -= tokens
+        self._running[row.waiting.ticket] = row
+
+    def _suspend(self, row: Row) -> None:
+        """Preempt: the row goes back to the head of its tenant's queue; its full blocks stay to be found again."""
+        ticket = row.waiting.ticket
+        del self._running[ticket]
+        self._release(row)
+        row.waiting.n_done = row.n_new
+        self.queue.back(row.waiting)
+        self._waiting[ticket] = row
+        self._owed_waiting += row.n_prompt + row.ask.how.max_tokens
+        self.preempted += 1
+
+    def _release(self, row: Row) -> None:
+        if row.held is not None:
+            self.cache.end(row.held)
+            row.held, row.done = None, 0
+        if row.slot >= 0:
+            self.tiers.leave(row.ask.variant)
+            row.slot = -1
+
+    def _drop(self, ticket: int) -> Row | None:
+        """Take a request out wherever it is."""
+        row = self._running.pop(ticket, None)
+        if row is not None:
+            self._release(row)
+            self.queue.ended(row.waiting)
+        else:
+            row = self._waiting.pop(ticket, None)
+            if row is None:
+                return None
+            self.queue.drop(ticket)
+            self._owed_waiting -= row.n_prompt + row.ask.how.max_tokens
+        self._owed -= row.n_prompt + row.ask.how.max_tokens
+        return row
+
+    def _grow(self, row: Row, tokens: int, push: bool) -> bool:
+        """Blocks for `tokens` tokens of a row; with `push`, the rows that came last are preempted until there are."""
+        while row.held is not None and not self.cache.extend(row.held, tokens):
+            if not push:
+                return False
+            with self._lock:
+                holders = [r for r in self._running.values() if r.held is not None]
+                assert len(holders) > 1, "the cache holds one request of full length"
+                self._suspend(max(holders, key=lambda r: r.waiting.ticket))
+        return row.held is not None
+
+    def _account(self, flat: Flat, decoding: list[Row]) -> None:
+        """Note what the step computed."""
+        for row in decoding:
+            row.done += 1
+        self.computed_tokens += len(flat.tokens)
+        for row in self._running.values():
+            if row.held is not None:
+                self.cache.learn(row.held, row.tokens, row.done)
+
+    def _advance(self, rows: list[Row], logits: torch.Tensor) -> None:
+        """Choose the next token of every row, charge it, tell who asked, and end the rows that are done."""
+        if not rows:
+            return
+        best = greedy(logits)
+        raw = logits.numpy()
+        with self._lock:
+            for row in rows:
+                self.queue.served(row.ask.tenant, 0 if row.n_new else row.n_prompt - row.n_cached, 1)
+        self.new_tokens += len(rows)
+        for i, row in enumerate(rows):
+            try:
+                token, logprob, top = (best[i], 0.0, []) if row.chooser.plain else row.chooser.choose(raw[i])
+            except Exception as error:  # a grammar that fails ends its own request only
+                with self._lock:
+                    self._drop(row.waiting.ticket)
+                why = f"no token could be chosen: {error}"
+                self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt))
+                continue
+            self._append(row, token, logprob, top)
+
+    def _append(self, row: Row, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
+        row.tokens.append(token)
+        ended = token in self.ends and not row.ask.how.ignore_end
+        text, stopped = ("", False) if ended else row.words.add(token)
+        told: tuple[Chosen, ...] = ()
+        if row.ask.how.logprobs is not None and not ended:
+            told = (chosen(self.base.tokenizer, token, logprob, top),)
+        grammar = row.chooser.grammar
+        stopped = stopped or (grammar is not None and grammar.ended)
+        if ended or stopped or row.n_new >= row.ask.how.max_tokens:
+            with self._lock:
+                self._drop(row.waiting.ticket)
+            finish = "stop" if ended or stopped else "length"
+            self._tell(row, self._last(row, finish, () if ended else (token,), text, told))
+        else:
+            self._tell(row, Piece((token,), text, told))
+
+    def _last(self, row: Row, finish: Any, ids: tuple[int, ...] = (), text: str = "",
+              told: tuple[Chosen, ...] = ()) -> Piece:  # fmt: skip
+        rest = "" if finish == "cancelled" else row.words.rest()
+        n_new = row.n_new - (1 if finish == "stop" and not ids else 0)
+        return Piece(ids, text + rest, told, finish, "", row.n_prompt, row.n_cached, n_new)
+
+    def _tell(self, row: Row, piece: Piece) -> None:
+        """Hand a piece over; a receiver that fails is no reason to stop answering the others."""
+        try:
+            row.deliver(piece)
+        except Exception:
+            if not piece.finish:
+                self.cancel(row.waiting.ticket)
+
+    def _clock(self, tokens: int, took_s: float) -> None:
+        self.steps += 1
+        self._last_step_s = took_s
+        rate = tokens / max(took_s, 1e-6)
+        self._speed = rate if not self._speed else 0.9 * self._speed + 0.1 * rate
+
+    def state(self) -> dict[str, Any]:
+        """What goes on, as JSON."""
+        with self._lock:
+            busy: dict[str, int] = {}
+            for row in self._running.values():
+                busy[row.ask.variant or "base"] = busy.get(row.ask.variant or "base", 0) + 1
+            return {
+                "alive": self.alive, "failure": self.failure, "rows": len(self._running),
+                "max_rows": self.settings.rows, "waiting": len(self.queue), "queues": self.queue.depths(),
+                "counters": self.queue.counters(), "running": busy, "kv_blocks": self.cache.size,
+                "kv_used": self.cache.used, "tokens_s": round(self._speed, 1), "step_s": self._last_step_s,
+                "steps": self.steps, "computed_tokens": self.computed_tokens, "cached_tokens": self.cached_tokens,
+                "new_tokens": self.new_tokens, "preempted": self.preempted, "variants": self.tiers.state(),
+            }  # fmt: skip

@@ -1,0 +1,162 @@
+"""Where a variant's tensors are: in a slot, packed in host memory, or in the store; and how they move.
+
+A request names its variant when it arrives, so the load begins there and then, in a thread of its own, while the batch
+goes on. Of the slots that no row uses and nobody pinned, the coldest is given up: heat is the number of requests, each
+halved for every `half_life` requests since (recency and frequency in one number).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from plures.engine.ask import Unavailable
+from plures.engine.bank import Bank, Packed, Place, pack
+from plures.tensors.variant import Variant
+
+
+class Tiers:
+    """The variants of a bank, and those behind it. All methods but `fetch` are for the engine's thread.
+
+    `fetch` reads a variant by its identity from the store; it runs in a thread of this object's.
+    """
+
+    def __init__(
+        self, bank: Bank, places: Mapping[str, Place], fetch: Callable[[str], Variant], *,
+        host_bytes: int = 1 << 30, half_life: float = 256.0, loaded: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.bank, self.places, self.fetch = bank, places, fetch
+        self.host_bytes, self.half_life, self.loaded = host_bytes, half_life, loaded
+        self.pinned: frozenset[str] = frozenset()
+        self.log: deque[str] = deque(maxlen=100_000)  # which variant each request asked, for `belady`
+        self.hits = self.asked = self.loads = self.evictions = 0
+        self._packed: OrderedDict[str, Packed] = OrderedDict()
+        self._bytes = 0
+        self._users: dict[str, int] = {}
+        self._heat: dict[str, tuple[float, int]] = {}
+        self._loading: dict[str, Future[Packed]] = {}
+        self._failed: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="plures-load")
+
+    def ask(self, identity: str) -> None:
+        """A request for `identity` has arrived: count it, and begin to load where it is not in memory."""
+        with self._lock:
+            self.asked += 1
+            self.log.append(identity)
+            heat, last = self._heat.get(identity, (0.0, self.asked))
+            self._heat[identity] = (heat * 0.5 ** ((self.asked - last) / self.half_life) + 1, self.asked)
+            if identity in self.bank.slots:
+                self.hits += 1
+            elif identity not in self._packed and identity not in self._loading:
+                self._failed.pop(identity, None)
+                self._loading[identity] = self._loader.submit(self._load, identity)
+
+    def _load(self, identity: str) -> Packed:
+        try:
+            return pack(self.fetch(identity), self.places, identity)
+        finally:
+            self.loaded()
+
+    def ready(self, identity: str) -> bool:
+        """Whether the variant is in memory. Raises: Unavailable where it cannot be loaded."""
+        with self._lock:
+            self._collect()
+            if identity in self._failed:
+                raise Unavailable(self._failed[identity])
+            if identity in self.bank.slots or identity in self._packed:
+                return True
+            if identity not in self._loading:  # it was in memory when asked for, and has been put out since
+                self._loading[identity] = self._loader.submit(self._load, identity)
+            return False
+
+    def failures(self) -> dict[str, str]:
+        """Variants that could not be loaded since they were last asked for, and why."""
+        with self._lock:
+            self._collect()
+            return dict(self._failed)
+
+    def _collect(self) -> None:
+        for identity, future in list(self._loading.items()):
+            if not future.done():
+                continue
+            del self._loading[identity]
+            error = future.exception()
+            if error is not None:
+                self._failed[identity] = str(error)
+                continue
+            self.loads += 1
+            packed = future.result()
+            self._packed[identity] = packed
+            self._bytes += packed.n_bytes
+            while self._bytes > self.host_bytes and len(self._packed) > 1:
+                _, gone = self._packed.popitem(last=False)
+                self._bytes -= gone.n_bytes
+
+    def can_enter(self, identity: str) -> bool:
+        """Whether a slot could be had now: it has one, or one is empty or idle."""
+        slots = self.bank.slots
+        return identity in slots or self.bank.empty > 0 or any(self._idle(i) for i in slots)
+
+    def enter(self, identity: str) -> int | None:
+        """The variant's slot, taken for one row; colder ones are put out for it. None where all are in use."""
+        with self._lock:
+            packed = self._packed.get(identity)
+            if packed is not None:
+                self._packed.move_to_end(identity)
+            slot = self.bank.slots.get(identity)
+            while slot is None:
+                if packed is None:
+                    return None
+                slot = self.bank.put(packed)
+                if slot is None and not self._evict():
+                    return None
+            self._users[identity] = self._users.get(identity, 0) + 1
+            return slot
+
+    def leave(self, identity: str) -> None:
+        """One row of the variant has ended."""
+        self._users[identity] -= 1
+        if not self._users[identity]:
+            del self._users[identity]
+
+    def _idle(self, identity: str) -> bool:
+        return identity not in self._users and identity not in self.pinned
+
+    def _evict(self) -> bool:
+        idle = [i for i in self.bank.slots if self._idle(i)]
+        if not idle:
+            return False
+        self.bank.drop(min(idle, key=self._warmth))
+        self.evictions += 1
+        return True
+
+    def _warmth(self, identity: str) -> float:
+        heat, last = self._heat.get(identity, (0.0, 0))
+        return heat * 0.5 ** ((self.asked - last) / self.half_life)
+
+    def forget(self, identity: str) -> None:
+        """Drop an idle variant from every tier (it was removed from the fleet)."""
+        with self._lock:
+            if identity in self.bank.slots and identity not in self._users:
+                self.bank.drop(identity)
+            if (gone := self._packed.pop(identity, None)) is not None:
+                self._bytes -= gone.n_bytes
+            self._failed.pop(identity, None)
+
+    def state(self) -> dict[str, Any]:
+        """Counts and bytes of every tier."""
+        with self._lock:
+            return {
+                "resident": list(self.bank.slots), "in_use": dict(self._users), "pinned": sorted(self.pinned),
+                "resident_bytes": self.bank.used_bytes, "host": len(self._packed), "host_bytes": self._bytes,
+                "asked": self.asked, "hits": self.hits, "loads": self.loads, "evictions": self.evictions,
+                "failed": dict(self._failed),
+            }  # fmt: skip
+
+    def close(self) -> None:
+        """Stop loading."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
