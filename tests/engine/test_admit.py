@@ -102,7 +102,7 @@ def test_a_lightly_loaded_server_lets_all_in(use: float, waiting: int, behind: f
 )
 def test_near_any_bound_the_heavy_are_refused_and_the_light_are_not(bound: dict[str, float]) -> None:
     admission = Admission(max_waiting=1000, max_waiting_tokens=100_000)
-    full = {"use": 1.0, "waiting": 10, "waiting_tokens": 3000, "tokens": 1, "drain_tokens_s": 1000.0}
+    full = {"use": 1.0, "waiting": 10, "waiting_tokens": 3000, "tokens": 1, "drain_tokens_s": 1e6}
 
     def at(share: float, **tenant: float) -> bool:
         scaled = {name: value / share if name == "drain_tokens_s" else value * share for name, value in bound.items()}

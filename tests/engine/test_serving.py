@@ -283,6 +283,24 @@ def test_the_prefix_of_another_variant_is_never_read(
         assert again.ids == answer.ids
 
 
+def test_rows_that_begin_together_compute_a_common_prefix_once(
+    engine: Callable[..., Engine], variants: dict[str, Variant]
+) -> None:
+    served, first = engine(rows=8, prefill_tokens=512), next(iter(variants))
+    common = "The parcel broke near the window and the old garden. "
+    prompts = [common * 2 + f"{i}" for i in range(4)]
+    lengths = [len(served.encode(p)) for p in prompts]
+    answers = [ask(served, p, i, max_tokens=3, ignore_end=True) for i in (first, BASE) for p in prompts]
+    finish(served, *answers)
+    shared = len(served.encode(common * 2)) // 32 * 32
+    assert shared >= 32
+    assert served.computed_tokens == 2 * (sum(lengths) - 3 * shared) + 8 * 2
+    plain = engine(rows=8, share_prefixes=False)
+    again = [ask(plain, p, i, max_tokens=3, ignore_end=True) for i in (first, BASE) for p in prompts]
+    finish(plain, *again)
+    assert [a.ids for a in answers] == [a.ids for a in again]
+
+
 def test_sampling_depends_on_the_seed_alone(engine: Callable[..., Engine], variants: dict[str, Variant]) -> None:
     how = {"temperature": 1.3, "top_p": 0.9, "seed": 5, "ignore_end": True}
     served, identity = engine(), next(iter(variants))

@@ -102,6 +102,11 @@ class Serving(Protocol):
 
     context: int  # tokens that prompt and answer may have together
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        ...
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of messages through the chat template. Raises: WrongUse."""
         ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from plures.engine.ask import Ask, Piece
-from plures.engine.cache import BLOCK, Held
+from plures.engine.cache import BLOCK, Cache, Chain, Held
 from plures.engine.choose import Chooser, Words
 from plures.engine.decoder import Chunk, Flat
 from plures.engine.schedule import Waiting
@@ -41,12 +41,13 @@ class Row:
 
 
 def flatten(
-    rows: Sequence[Row], prefill_tokens: int, grow: Callable[[Row, int, bool], bool]
+    rows: Sequence[Row], prefill_tokens: int, cache: Cache, grow: Callable[[Row, int, bool], bool]
 ) -> tuple[Flat, list[Row], list[Row]]:
     """This step's batch, the rows that decode, and those whose prompt ends in it.
 
     `grow(row, tokens, push)` gives a row cache blocks for `tokens` tokens; with `push` it may preempt other rows.
-    A prompt's chunk counts as done from here on.
+    A prompt's chunk counts as done from here on. Of rows about to compute the same block, under the same variant,
+    one does, and the others read it in the next step.
     """
     decoding, filling = [], []
     for row in rows:
@@ -64,11 +65,20 @@ def flatten(
     table = np.zeros((len(decoding), max((len(h.blocks) for r in decoding if (h := r.held)), default=1)), np.int32)
     for i, held in enumerate(h for r in decoding if (h := r.held)):
         table[i, : len(held.blocks)] = held.blocks
-    chunks, ending = [], []
+    chunks, ending, begun = [], [], set[Chain]()
     for row in filling:
-        n = min(prefill_tokens - (len(tokens) - len(decoding)), len(row.tokens) - row.done)
-        if n <= 0 or row.held is None or not grow(row, row.done + n, False):
+        if row.held is None:
             continue
+        before, row.done = row.done, cache.reuse(row.held, row.tokens, row.done)
+        row.n_cached += 0 if row.n_new else row.done - before
+        key = cache.next_block(row.held, row.tokens, row.done)
+        if key in begun:
+            continue
+        n = min(prefill_tokens - (len(tokens) - len(decoding)), len(row.tokens) - row.done)
+        if n <= 0 or not grow(row, row.done + n, False):
+            continue
+        if key is not None:
+            begun.add(key)
         span, last = range(row.done, row.done + n), row.done + n == len(row.tokens)
         mine = row.held.blocks[: -(-span.stop // BLOCK)]
         chunks.append(Chunk(len(tokens), n, row.done, row.slot, mine, last))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 BLOCK = 32
-_Chain = tuple[int, tuple[int, ...]]
+Chain = tuple[int, tuple[int, ...]]
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Cache:
         self._users = np.zeros(blocks, np.int64)
         self._idle: OrderedDict[int, None] = OrderedDict()  # known blocks that no row has, least recently used first
         self._roots: dict[str, int] = {}
-        self._node_of: dict[_Chain, tuple[int, int]] = {}  # (parent node, tokens) -> (node, block)
-        self._chain_of: dict[int, _Chain] = {}  # block -> its entry
+        self._node_of: dict[Chain, tuple[int, int]] = {}  # (parent node, tokens) -> (node, block)
+        self._chain_of: dict[int, Chain] = {}  # block -> its entry
         self._children: dict[int, int] = {}  # node -> entries below it
         self._entry_of: dict[int, int] = {}  # node -> its block
         self._next_node = 1
@@ -64,16 +64,26 @@ class Cache:
         if not self.share:
             return held, 0
         held.node = self._root(identity)
-        while (held.known + 1) * BLOCK < len(tokens):
-            at = held.known * BLOCK
-            found = self._node_of.get((held.node, tuple(tokens[at : at + BLOCK])))
-            if found is None:
-                break
+        return held, self.reuse(held, tokens, 0)
+
+    def reuse(self, held: Held, tokens: list[int], done: int) -> int:
+        """Go on along blocks that others have computed since; returns how many tokens of the row are done now."""
+        while (key := self.next_block(held, tokens, done)) is not None and (found := self._node_of.get(key)):
             held.node, block = found
             self._use(block)
             held.blocks.append(block)
             held.known += 1
-        return held, held.known * BLOCK
+            done += BLOCK
+        return done
+
+    def next_block(self, held: Held, tokens: list[int], done: int) -> Chain | None:
+        """What the row's next block will be known by; None where it is not a whole one, or is begun already.
+
+        Two rows with equal keys would compute the same numbers.
+        """
+        if not self.share or done != held.known * BLOCK or len(held.blocks) != held.known:
+            return None
+        return (held.node, tuple(tokens[done : done + BLOCK])) if done + BLOCK < len(tokens) else None
 
     def _root(self, identity: str) -> int:
         if identity not in self._roots:

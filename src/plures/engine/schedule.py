@@ -72,15 +72,12 @@ class _Bucket:
     """A token bucket that is full at first."""
 
     level: float = 0.0
-    at_s: float | None = None
+    at_s: float = float("-inf")
 
     def refill(self, per_s: float, most: float, now_s: float) -> float:
         """The level now."""
-        if self.at_s is None:
-            self.level = most
-        else:
-            self.level = min(most, self.level + per_s * max(0.0, now_s - self.at_s))
-        self.at_s = now_s if self.at_s is None else max(self.at_s, now_s)
+        self.level = min(most, self.level + per_s * max(0.0, now_s - self.at_s))
+        self.at_s = max(self.at_s, now_s)
         return self.level
 
 
@@ -131,19 +128,20 @@ class Queue:
     paper, and `served` first uses up what was paid so; what was not computed (a prefix cache, a cancelled prompt) is
     paid back when the request ends. A tenant whose line was empty is lifted on its next request to the smallest
     counter of the tenants that wait, or if none waits to the counter of the one whose line emptied last: idling earns
-    no credit. Among equal counters the tenant with fewer requests running goes first, then the older request.
+    no credit. Counters less than `quantum_tokens` above the smallest count as equal; of these the tenant with fewer
+    requests running (over its weight) goes first, then the smaller counter, then the older request.
 
     Locality: a request whose variant is resident goes before others of its tenant that are not, and counts as if its
     tenant's counter were `bonus_tokens` smaller. Every request so passed, of its own tenant or another, notes the
     prompt tokens that passed it; from `bonus_tokens` on it is passed no more. A pick looks at 256 requests for this.
 
-    Memory: where the fairest request does not fit, another tenant's that fits may start. The one passed notes the most
-    that those may be charged; from `quantum_tokens` on nothing behind it starts until it fits. A request that can
-    never fit must not be put. With both allowances 0 this is the paper's algorithm.
+    Memory: where the request whose turn it is does not fit, another tenant's that fits may start, if its counter is
+    less than a quantum above the smallest. The one passed notes the most that those may be charged; from
+    `quantum_tokens` on nothing behind it starts until it fits. A request that can never fit must not be put.
 
-    Service of two tenants that both wait all the time differs by at most 2 * (U + bonus_tokens + quantum_tokens)
-    weighted tokens, where U = max(1 * longest prompt, 2 * tokens running at once): the paper's bound and what the
-    allowances add.
+    With both allowances 0 this is the paper's algorithm. The service of two tenants that both wait all the time and
+    are at no limit differs by at most 2 * (U + bonus_tokens + quantum_tokens) weighted tokens, where U = max(1 *
+    longest prompt, 2 * tokens running at once) over the smaller weight: the paper's bound and the allowances.
 
     policy "fcfs" starts in order of arrival over all tenants, under the same limits; nothing passes the first. A
     preempted request is then the first of all.
@@ -151,8 +149,8 @@ class Queue:
     Options:
         share_of: a tenant's limits; asked again at each of its requests.
         bonus_tokens: what a resident variant is worth, in weighted tokens. 0 ignores residency between tenants.
-        quantum_tokens: how far one may be passed where it does not fit, and how far behind a tenant must be for a
-            preemption, in weighted tokens.
+        quantum_tokens: what counters may differ by and count as equal, how far one may be passed where it does not
+            fit, and how far behind a tenant must be for a preemption; in weighted tokens.
     Paper: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, arXiv:2401.00588, the VTC algorithm
         with weights; github.com/Ying1123/VTC-artifact at 14c19b7, slora/server/router/vtc_req_queue.py.
     Departs from the paper: the allowances above, limits and preemption. A preempted request lifts its tenant's
@@ -193,10 +191,9 @@ class Queue:
 
     def drop(self, ticket: int) -> bool:
         """Forget a request that waits; False where none of that ticket does."""
-        tenant = self._waits.get(ticket)
-        if tenant is None:
+        if ticket not in self._waits:
             return False
-        line = self._lines[tenant]
+        line = self._lines[self._waits[ticket]]
         self._leave(line, line.entries[ticket])
         return True
 
@@ -205,30 +202,35 @@ class Queue:
         if self.policy == "fcfs":
             first = min((n for n in self._active.values() if n.open()), key=lambda n: n.head().order, default=None)
             return self._start(first, first.head()) if first is not None and fits(first.head().w) else None
-        heap = [(*_turn(line), name) for name, line in self._active.items() if line.open()]
+        opened = {name: line for name, line in self._active.items() if line.open()}
+        least = min((line.counter for line in opened.values()), default=0.0)
+        heap = [(*self._turn(line, least), name) for name, line in opened.items()]
         heapq.heapify(heap)
-        look, chosen = LOOK, None  # chosen: the fairest that fits; from then on only a resident one goes before it
-        blocked: list[_Entry] = []
-        near: list[_Entry] = []
+        look, chosen = LOOK, None  # chosen: the one whose turn it is and that fits; only a resident one goes before it
+        blocked, near = list[_Entry](), list[_Entry]()
         while heap:
-            line = self._lines[heapq.heappop(heap)[-1]]
-            if chosen is not None and line.counter >= chosen.counter + self.bonus_tokens:
+            far, *_, name = heapq.heappop(heap)
+            line = opened[name]
+            if far and blocked:
                 break
+            if chosen is not None and line.counter >= chosen.counter + self.bonus_tokens:
+                if far:
+                    break
+                continue
             found, ahead, seen = self._resident(line, resident, fits, look)
             look -= seen
             if found is not None:
                 return self._pass(line, found, near + ahead, blocked)
             head = line.head()
             if chosen is None:
-                if fits(head.w):
-                    if head.again and blocked:
-                        continue
-                    chosen = line
-                elif head.far >= self.quantum_tokens:
-                    break
-                else:
+                if not fits(head.w):
+                    if head.far >= self.quantum_tokens:
+                        break
                     blocked.append(head)
                     continue
+                if head.again and blocked:
+                    continue
+                chosen = line
             if look <= 0 or self._stays(head):
                 break
             near.append(head)
@@ -249,14 +251,13 @@ class Queue:
         line = self._line(tenant)
         line.tokens.level -= prompt_tokens + new_tokens
         owed = prompt_tokens
-        for ticket in list(line.paid) if owed else ():
+        while owed and line.paid:
+            ticket = next(iter(line.paid))
             used = min(owed, line.paid[ticket])
             owed -= used
             line.paid[ticket] -= used
             if not line.paid[ticket]:
                 del line.paid[ticket]
-            if not owed:
-                break
         line.counter += (PROMPT_PRICE * owed + NEW_PRICE * new_tokens) / line.share.weight
 
     def ended(self, w: Waiting) -> None:
@@ -275,17 +276,19 @@ class Queue:
         while it was alone gives some back. It must not be its turn all the same, or it would be picked again.
         The one preempted is the request started last, so that the least work is lost.
         """
-        least = min((line for line in self._active.values() if line.open()), key=_turn, default=None)
-        if self.policy == "fcfs" or least is None:
+        opened = [line for line in self._active.values() if line.open()]
+        if self.policy == "fcfs" or not opened:
             return None
+        least = min(line.counter for line in opened)
+        behind = min(opened, key=lambda line: self._turn(line, least))
         will: dict[str, float] = {}
         for w in running:
             line = self._lines[w.tenant]
             will[w.tenant] = will.get(w.tenant, line.counter) + _price(w, paid=True) / line.share.weight
-        wants = least.head().price / least.share.weight + will.get(least.tenant, least.counter)
-        name = max(will, key=lambda tenant: will[tenant], default=least.tenant)
-        ahead = self._lines[name]
-        again = (ahead.counter, ahead.running - 1) <= (least.counter, least.running)
+        wants = behind.head().price / behind.share.weight + will.get(behind.tenant, behind.counter)
+        name = max(will, key=lambda tenant: will[tenant], default=behind.tenant)
+        ahead, least = self._lines[name], min(least, self._lines[name].counter)
+        again = self._turn(ahead, least, -1)[:3] <= self._turn(behind, least)[:3]
         if again or will.get(name, 0.0) - wants <= self.quantum_tokens:
             return None
         mine = {w.ticket: w for w in running if w.tenant == name}
@@ -300,8 +303,8 @@ class Queue:
         line = self._lines.get(tenant)
         if line is None or not self._active:
             return 0.0
-        least = min(other.counter for other in self._active.values())
-        ahead = line.counter - least + line.waiting_price / line.share.weight
+        ahead = line.counter - min(other.counter for other in self._active.values())
+        ahead += line.waiting_price / line.share.weight
         return max(0.0, ahead) / max(self.quantum_tokens, 1.0)
 
     def depths(self) -> dict[str, int]:
@@ -364,6 +367,13 @@ class Queue:
             passed.far += max(1.0, _price(entry.w, paid=False))
         return self._start(line, entry)
 
+    def _turn(self, line: _Line, least: float, more: int = 0) -> tuple[bool, float, float, int]:
+        """What lines are sorted by: within a quantum of the least counter, who has fewer running; then the counter."""
+        rows, order = (line.running + more) / line.share.weight, line.head().order if line.entries else 0
+        if line.counter < least + self.quantum_tokens:
+            return False, rows, line.counter, order
+        return line.counter > least, line.counter, rows, order
+
     def _stays(self, entry: _Entry) -> bool:
         """Whether a resident request may not go before this one (any more)."""
         return entry.near >= self.bonus_tokens or 0 < self.quantum_tokens <= entry.far
@@ -372,24 +382,17 @@ class Queue:
         self, line: _Line, resident: Callable[[str], bool], fits: Callable[[Waiting], bool], look: int
     ) -> tuple[_Entry | None, list[_Entry], int]:
         """The first resident request of a line that fits and may pass those ahead of it; those; how many were seen."""
-        ahead: list[_Entry] = []
-        seen = 0
+        ahead, seen = list[_Entry](), 0
         for entry in line.entries.values():
-            if seen >= min(look, LOOK_TENANT):
+            if seen >= min(look, LOOK_TENANT) or entry.again:
                 break
             seen += 1
-            if entry.again:
-                break
             if resident(entry.w.variant):
                 return (entry, ahead, seen) if fits(entry.w) else (None, [], seen)
             if self._stays(entry):
                 break
             ahead.append(entry)
         return None, [], seen
-
-
-def _turn(line: _Line) -> tuple[float, int, int]:
-    return line.counter, line.running, line.head().order
 
 
 def _price(w: Waiting, *, paid: bool) -> float:
