@@ -133,7 +133,7 @@ def test_what_cannot_be_answered_is_said(session: Session, prompt: str, how: dic
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [({"max_tokens": 0}, "at least 1"), ({"temperature": -1.0}, "at least 0"), ({"top_p": 0.0}, r"in \(0, 1\]")],
+    [({"max_tokens": 0}, "at least 1"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, r"in \(0, 1\]")],
 )
 def test_sampling_is_checked(how: dict[str, Any], said: str) -> None:
     with pytest.raises(WrongUse, match=said):

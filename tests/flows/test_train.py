@@ -210,6 +210,21 @@ def test_a_run_is_not_resumed_with_another_recipe(
     assert train(recipe(f"run={tmp_path / 'run'}"), resume=True).outcome.steps == 4
 
 
+def test_rows_that_changed_are_another_run_of_the_same_command(
+    recipe: Callable[..., TrainRecipe], tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ({"text": t} for t in sentences(20)))
+    first = train(recipe(f"data.train={rows}"))
+    write_rows(rows, ({"text": t} for t in sentences(20, seed=9)))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(f"data.train={rows}"), sinks=(Interrupt(3),))
+    second = train(recipe(f"data.train={rows}"), resume=True)
+    assert (first.version.ref, second.version.ref) == ("v@1", "v@2")
+    assert second.run.name.startswith(first.run.name + "-")
+    with pytest.raises(WrongUse, match="exists"):
+        train(recipe(f"data.train={rows}"))
+
+
 def test_a_run_is_not_resumed_on_other_rows(recipe: Callable[..., TrainRecipe], tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ({"text": t} for t in sentences(20)))
     train(recipe(f"data.train={rows}"))

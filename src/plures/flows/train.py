@@ -85,13 +85,31 @@ def plan(recipe: TrainRecipe) -> Plan:
     return Plan(recipe, method, sites, trained, 4 * trained, sum(p.numel() for p in base.parameters()))
 
 
-def run_folder(recipe: TrainRecipe) -> Path:
-    """The folder of the run: named, or made from the variant's name and a hash of all that decides the result."""
+def run_folder(recipe: TrainRecipe, rows: Rows | None = None, resume: bool = False) -> Path:
+    """The folder of the run: named, or made from the variant's name and a hash of all that decides the result.
+
+    Where that folder is of other `rows` (the file has changed since), it is one with the rows' fingerprint added; to
+    `resume`, only if that has been begun.
+    """
     if recipe.run:
         return Path(recipe.run)
     decides = {k: v for k, v in to_dict(recipe).items() if k not in ("run", "tensorboard", "aliases", "fleet")}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(recipe.fleet) / "runs" / f"{check_name(recipe.name)}-{digest}"
+    folder = Path(recipe.fleet) / "runs" / f"{check_name(recipe.name)}-{digest}"
+    if rows is None or (said := _said(folder)) is None or said.get("rows") == rows.fingerprint:
+        return folder
+    other = folder.with_name(f"{folder.name}-{rows.fingerprint[:8]}")
+    return other if other.exists() or not resume else folder
+
+
+def _said(folder: Path) -> dict[str, Any] | None:
+    """What a run that was begun in `folder` is of, or None."""
+    path = folder / "of.json"
+    if not path.exists():
+        return None
+    with disk(path, "read"):
+        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return said
 
 
 def _begin(recipe: TrainRecipe, folder: Path, rows: Rows) -> None:
@@ -103,9 +121,8 @@ def _begin(recipe: TrainRecipe, folder: Path, rows: Rows) -> None:
     free = ("fleet", "run", "tensorboard", "aliases", "train")
     said = {k: v for k, v in to_dict(recipe).items() if k not in free} | {"rows": rows.fingerprint}
     path = folder / "of.json"
-    if path.exists():
-        with disk(path, "read"):
-            before = json.loads(path.read_text(encoding="utf-8"))
+    before = _said(folder)
+    if before is not None:
         other = next((k for k in said if said[k] != before.get(k)), None)
         if other is not None:
             was, now = (str(of.get(other))[:80] for of in (before, said))
@@ -144,13 +161,13 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
         asked for; and what reading, planning and publishing raise.
     """
     planned = plan(recipe)
-    folder = run_folder(recipe)
+    train_rows, score_rows = _rows(recipe, rows, held)
+    folder = run_folder(recipe, train_rows, resume)
     with Store.open(Path(recipe.fleet)) as store, _held_run(folder):
         if (folder / "recipe.yaml").exists() and not resume:
             raise WrongUse(
                 f"run {str(folder)!r} exists; go on with --resume, remove it to begin anew, or change the recipe"
             )
-        train_rows, score_rows = _rows(recipe, rows, held)
         events = _events(recipe, folder, sinks)
         try:
             _begin(recipe, folder, train_rows)
