@@ -20,7 +20,7 @@ from plures.bridges.on_model import as_lora
 from plures.core.errors import WrongUse
 from plures.engine.admit import Admission
 from plures.engine.ask import BASE, Ask, Overloaded, Piece, Sampling, Unavailable
-from plures.engine.bank import Bank, Room, pack
+from plures.engine.bank import Room, pack
 from plures.engine.decoder import Decoder, why_not_native
 from plures.engine.generate import Session
 from plures.engine.limits import Settings
@@ -181,6 +181,42 @@ def test_other_architectures_are_told_apart(base: Base) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "dynamic" in why_not_native(LlamaConfig(rope_parameters=rope))
     assert "gelu" in why_not_native(LlamaConfig(hidden_act="gelu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 3, "n_positions": 128}),
+        ("gpt_neox", {"rotary_pct": 0.5}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        ("gemma", {"head_dim": 16}),
+    ],
+)
+def test_other_architectures_answer_through_their_module(
+    kind: str, config: dict[str, Any], tmp_path: Path, engine: Callable[..., Engine]
+) -> None:
+    made = load_base(reference(str(make_base(tmp_path / "base", 3, kind, **config))))
+    plain = load_base(made.ref)
+    variants = [varied(made, "mos", 1, 0.1, r=4, e=2, l=2), varied(made, "lora", 2, 0.1, r=3)]
+    known = {v.identity(): v for v in variants}
+    served = engine(known.__getitem__, of=made, prefill_tokens=7)
+    prompts = ["The parcel broke near the window 12.", "Why", "The parcel broke near the window 12. And so"]
+    cases = [(p, i) for p in prompts for i in [BASE, *known]]
+    answers = [ask(served, p, i, ignore_end=False) for p, i in cases]
+    finish(served, *answers)
+    session = Session(plain)
+    slots = {i: session.slot(v) for i, v in known.items()} | {BASE: "__base__"}
+    for (prompt, identity), answer in zip(cases, answers, strict=True):
+        assert answer.ids == session.generate([prompt], [slots[identity]], Sampling(12))[0].ids, (prompt, identity)
+    assert len({a.ids for a in answers}) >= 6
+
+
+def test_an_architecture_that_would_be_served_wrongly_is_refused(tmp_path: Path) -> None:
+    made = load_base(
+        reference(str(make_base(tmp_path / "base", 3, "gemma2", head_dim=16, attn_logit_softcapping=0.05)))
+    )
+    with pytest.raises(WrongUse, match="gemma2"):
+        Engine(made, lambda _: pytest.fail("nothing is fetched"))
 
 
 def requests(n: int, identities: list[str], seed: int) -> list[tuple[str, str, dict[str, Any]]]:
@@ -422,7 +458,7 @@ def test_packed_variants_share_what_is_equal_and_take_a_seventh_of_lora(
     places = decoder.places()
     mos = varied(base, "mos", 0, r=4, e=2, l=2, p=0)
     twin = replace(mos, own={s: {"index": v["index"].flip(1)} for s, v in mos.own.items()})  # other picks, same pools
-    bank = Bank(decoder.n_layers, decoder.shape, 4, 1 << 22)
+    bank = decoder.bank(4, 1 << 22)
     one = pack(mos, places)
     assert bank.put(one) == 0
     used = bank.used_bytes
@@ -438,7 +474,7 @@ def test_packed_variants_share_what_is_equal_and_take_a_seventh_of_lora(
 def test_an_arena_that_is_full_says_so_and_loses_nothing(base: Base, variants: dict[str, Variant]) -> None:
     decoder = Decoder(base.model)
     packed = [pack(v, decoder.places()) for v in variants.values()]
-    bank = Bank(decoder.n_layers, decoder.shape, 8, packed[0].n_bytes + 64)
+    bank = decoder.bank(8, packed[0].n_bytes + 64)
     assert bank.put(packed[0]) is not None
     used = bank.used_bytes
     assert bank.put(packed[1]) is None

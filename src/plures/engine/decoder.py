@@ -3,12 +3,12 @@
 Weights come from any transformers checkpoint of these families; greedy tokens equal transformers'. Query, key and value
 are one product, gate and up another; linear weights are laid out once as oneDNN likes them (`Linear`). Rows that
 decode stand first in the batch and go through compiled loops; chunks of prompts follow and go through ordinary
-products. Other architectures are answered through transformers itself (`engine.generate`).
+products. Other architectures run through their transformers module (`engine.wrapped`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from plures.engine.bank import Bank, Place
-from plures.engine.cache import Cache
+from plures.engine.cache import BLOCK, Cache
 from plures.engine.kernels import add_adapters, attend, gather, rotate_and_keep
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -103,6 +103,25 @@ class Flat:
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     chunks: list[Chunk] = field(default_factory=list)
 
+    def wanted(self) -> list[int]:
+        """Tokens after which the next one is asked for: of the decoding rows, and the ends of prompts."""
+        return [*range(len(self.slots)), *(c.first + c.n - 1 for c in self.chunks if c.last)]
+
+
+@dataclass
+class Work:
+    """What adapters have to do in a step: the adapted decoding rows with their slots, and the adapted chunks."""
+
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+    slots: np.ndarray[Any, np.dtype[np.int64]]
+    chunks: list[Chunk]
+
+    @classmethod
+    def of(cls, flat: Flat) -> Work:
+        """The work of a batch; rows of the base are no part of it."""
+        rows = np.flatnonzero(flat.slots >= 0)
+        return cls(rows, flat.slots[rows], [c for c in flat.chunks if c.slot >= 0])
+
 
 @dataclass
 class _Layer:
@@ -147,10 +166,13 @@ class Decoder:
             for layer in range(self.n_layers) for group, names in enumerate(GROUPS) for at, name in enumerate(names)
         }  # fmt: skip
 
-    @property
-    def shape(self) -> list[int]:
-        """The number of sites of every projection group, for the bank."""
-        return [len(names) for names in GROUPS]
+    def bank(self, slots: int, budget_bytes: int) -> Bank:
+        """An empty bank for this model's sites."""
+        return Bank(self.n_layers, [len(names) for names in GROUPS], slots, budget_bytes)
+
+    def cache(self, tokens: int, share: bool) -> Cache:
+        """An empty cache that holds `tokens` tokens."""
+        return Cache(self.n_layers, self.n_kv, self.d, -(-tokens // BLOCK), share)
 
     def _layer(self, weights: Mapping[str, Tensor], config: Any, i: int) -> _Layer:
         at = f"model.layers.{i}."
@@ -186,9 +208,7 @@ class Decoder:
 
         Keys and values of every token of the batch are in the cache afterwards.
         """
-        n_decode = len(flat.slots)
-        rows = np.flatnonzero(flat.slots >= 0)  # rows of the base have no part in what adapters compute
-        slots = flat.slots[rows]
+        n_decode, work = len(flat.slots), Work.of(flat)
         x = self.embed[torch.tensor(flat.tokens)]
         for i, layer in enumerate(self.layers):
             keys, values = cache.layer(i)
@@ -196,7 +216,7 @@ class Decoder:
             def adapted(group: int, into: Tensor, i: int = i, layer: _Layer = layer) -> Tensor:
                 y = layer.linears[group](into)
                 if bank is not None:
-                    y = self._adapt(i, group, into, y, rows, slots, flat.chunks, bank)
+                    y = add_deltas(bank.sites[i][group], self.columns[group], self.widths[group], into, y, work, bank)
                 return y
 
             qkv = adapted(QKV, rms_norm(x, (self.hidden,), layer.norm_in, self.eps))
@@ -209,13 +229,14 @@ class Decoder:
             if n_decode:
                 attend(flows, self.n_q, self.d**-0.5, flat.table, flat.lengths, layer.window, keys, values, out.numpy())
             for chunk in flat.chunks:
-                self._attend_chunk(chunk, qkv, keys, values, layer.window, out)
+                span = slice(chunk.first, chunk.first + chunk.n)
+                q = qkv[span, : self.n_q * self.d].view(chunk.n, self.n_q, self.d)
+                out[span] = attend_chunk(chunk, q, keys, values, layer.window, self.d**-0.5)
             x = x + adapted(O, out.to(self.dtype))
             gate, up = adapted(GATE_UP, rms_norm(x, (self.hidden,), layer.norm_mlp, self.eps)).split(self.ffn, dim=-1)
             x = x + adapted(DOWN, silu(gate) * up)
-        ends = [c.first + c.n - 1 for c in flat.chunks if c.last]
         if len(flat.tokens) > n_decode:
-            x = x[[*range(n_decode), *ends]]
+            x = x[flat.wanted()]
         return self.head(rms_norm(x, (self.hidden,), self.norm, self.eps)).float()
 
     def _norm_heads(self, qkv: Tensor, layer: _Layer) -> Tensor:
@@ -227,39 +248,38 @@ class Decoder:
         k = rms_norm(k.reshape(n, -1, d), (d,), layer.norm_k, self.eps).flatten(1)
         return torch.cat((q, k, v), dim=-1)
 
-    def _adapt(self, layer: int, group: int, x: Tensor, y: Tensor, rows: Any, slots: Any, chunks: list[Chunk],
-               bank: Bank) -> Tensor:  # fmt: skip
-        """`y` with every adapted row's delta added, in float32."""
-        busy = [c for c in chunks if c.slot >= 0]
-        if not len(rows) and not busy:
-            return y
-        x32, y32 = x.float().contiguous(), y.float()
-        if len(rows):
-            add_adapters(x32.numpy(), y32.numpy(), rows, slots, bank.arena, bank.index, bank.sites[layer][group],
-                         self.columns[group])  # fmt: skip
-        for chunk in busy:
-            span = slice(chunk.first, chunk.first + chunk.n)
-            sites = bank.sites[layer][group][chunk.slot]
-            for t, width in enumerate(self.widths[group]):
-                if sites[t, 5]:
-                    at = int(self.columns[group][t])
-                    _add_chunk(x32[span], y32[span, at : at + width], sites[t], bank)
-        return y32.to(y.dtype)
 
-    def _attend_chunk(self, chunk: Chunk, qkv: Tensor, keys: Any, values: Any, window: int, out: Tensor) -> None:
-        """Causal attention of a chunk over its row's cached tokens, itself included."""
-        d, n = self.d, chunk.past + chunk.n
-        k = torch.from_numpy(keys[chunk.blocks]).permute(1, 0, 3, 2).reshape(self.n_kv, -1, d)[None, :, :n]
-        v = torch.from_numpy(values[chunk.blocks]).permute(1, 0, 2, 3).reshape(self.n_kv, -1, d)[None, :, :n]
+def add_deltas(sites: Any, columns: Any, widths: Sequence[int], x: Tensor, y: Tensor, work: Work, bank: Bank) -> Tensor:
+    """`y [T, sum of widths]` with every adapted row's delta added, in float32, for the sites of one projection group.
+
+    `sites` are the bank's numbers of that group, `columns` where each site's output begins. Rows of the base have no
+    part in what is computed.
+    """
+    if not len(work.rows) and not work.chunks:
+        return y
+    x32, y32 = x.float().contiguous(), y.float().contiguous()
+    if len(work.rows):
+        add_adapters(x32.numpy(), y32.numpy(), work.rows, work.slots, bank.arena, bank.index, sites, columns)
+    for chunk in work.chunks:
         span = slice(chunk.first, chunk.first + chunk.n)
-        q = qkv[span, : self.n_q * d].reshape(1, chunk.n, self.n_q, d).transpose(1, 2)
-        if not chunk.past and not 0 < window < n:
-            got = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_q != self.n_kv)
-        else:
-            here = torch.arange(chunk.past, n)[:, None] - torch.arange(n)[None]
-            mask = (here >= 0) & (here < window) if window > 0 else here >= 0
-            got = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_q != self.n_kv)
-        out[span] = got[0].transpose(0, 1).reshape(chunk.n, -1)
+        for t, width in enumerate(widths):
+            if sites[chunk.slot, t, 5]:
+                at = int(columns[t])
+                _add_chunk(x32[span], y32[span, at : at + width], sites[chunk.slot, t], bank)
+    return y32.to(y.dtype)
+
+
+def attend_chunk(chunk: Chunk, q: Tensor, keys: Any, values: Any, window: int, scale: float) -> Tensor:
+    """`[n, n_q * d]`: causal attention of a chunk's queries `[n, n_q, d]` over its row's tokens, itself included."""
+    (_, n_kv, d, _), n = keys.shape, chunk.past + chunk.n
+    k = torch.from_numpy(keys[chunk.blocks]).permute(1, 0, 3, 2).reshape(n_kv, -1, d)[None, :, :n]
+    v = torch.from_numpy(values[chunk.blocks]).permute(1, 0, 2, 3).reshape(n_kv, -1, d)[None, :, :n]
+    q, gqa, mask = q.transpose(0, 1)[None], q.shape[1] != n_kv, None
+    if chunk.past or 0 < window < n:
+        here = torch.arange(chunk.past, n)[:, None] - torch.arange(n)[None]
+        mask = (here >= 0) & (here < window) if window > 0 else here >= 0
+    got = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+    return got[0].transpose(0, 1).reshape(chunk.n, -1)
 
 
 def _add_chunk(x: Tensor, y: Tensor, site: Any, bank: Bank) -> None:

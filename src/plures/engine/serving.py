@@ -19,15 +19,15 @@ import torch
 from plures.core.errors import WrongUse
 from plures.engine.admit import Admission
 from plures.engine.ask import BASE, Ask, Chosen, Overloaded, Piece, Prompt, Unavailable
-from plures.engine.bank import Bank
 from plures.engine.batch import Deliver, Row, flatten
-from plures.engine.cache import BLOCK, Cache
+from plures.engine.cache import BLOCK
 from plures.engine.choose import Chooser, Grammars, Words, chosen, greedy
-from plures.engine.decoder import Decoder, Flat
+from plures.engine.decoder import Decoder, Flat, why_not_native
 from plures.engine.limits import Settings
 from plures.engine.model import Base, encode_prompt
 from plures.engine.schedule import Queue, Share, Waiting
 from plures.engine.tiers import Tiers
+from plures.engine.wrapped import Wrapped
 from plures.tensors.variant import Variant
 
 
@@ -43,13 +43,13 @@ class Engine:
         share_of: Callable[[str], Share] = lambda _: Share(), admission: Admission | None = None,
     ) -> None:  # fmt: skip
         self.base, self.settings = base, settings
-        self.decoder = Decoder(base.model, torch.bfloat16 if settings.bfloat16 else torch.float32)
+        dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
+        native = not why_not_native(base.model.config)
+        self.decoder: Decoder | Wrapped = Decoder(base.model, dtype) if native else Wrapped(base.model, dtype)
         d = self.decoder
         self.context = d.context
         kept = settings.tokens_kept(8 * d.n_layers * d.n_kv * d.d, d.context)
-        blocks = -(-kept // BLOCK)
-        self.cache = Cache(d.n_layers, d.n_kv, d.d, blocks, settings.share_prefixes)
-        self.bank = Bank(d.n_layers, d.shape, settings.slots, settings.bank_bytes)
+        self.cache, self.bank = d.cache(kept, settings.share_prefixes), d.bank(settings.slots, settings.bank_bytes)
         self._lock = threading.Condition()
         self.tiers = Tiers(self.bank, d.places(), fetch, host_bytes=settings.host_bytes, loaded=self._wake)
         self.share_of = share_of
