@@ -1,4 +1,4 @@
-"""Quality against trained parameters: LoRA, MoS, full fine-tuning and the MoS ablation, at equal care.
+r"""Quality against trained parameters: LoRA, MoS, full fine-tuning and the MoS ablation, at equal care.
 
 Every contender gets the same steps, batches and learning-rate search: three rates a factor of two apart, one more at
 an edge while the best lies there (five at most), on each tenant by itself, judged on its VALIDATION text. The best rate
@@ -8,6 +8,9 @@ seed moves the starting tensors, the shard indices and the order of the data.
 
     python benchmarks/equal_budget.py                     the committed run: about 60 CPU minutes, 2 workers
     python benchmarks/equal_budget.py --only mos,lora --steps 480 --name longer
+    python -m plures.demo.pretrain --out /tmp/deep --layers 24 --hidden 96 --tokens 3e6
+    python benchmarks/equal_budget.py --base /tmp/deep --only lora-r1,lora-r2,lora-r4,mos-e1,mos-e2-r16 \
+        --tenants bytecode,topics --name deeper_base     the committed run on a deeper base
 
 Raw results are appended to benchmarks/results/<name>.jsonl as they come (a rerun goes on from there) and summed up in
 <name>.json.
@@ -256,6 +259,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--base", default="demo", help="folder of another base than the demo's")
     parser.add_argument("--alpha", type=float, default=0.0, help="another alpha for LoRA and MoS")
+    parser.add_argument("--about", default="the demo's base", help="what the base is, for the result")
     parser.add_argument("--name", default="equal_budget")
     args = parser.parse_args()
 
@@ -279,12 +283,13 @@ def main() -> None:
     rows, rates = measure(meant(CONTENDERS), tenants)
     told = summarise(rows, rates) | {
         "machine": describe(), "steps": args.steps, "rows": ROWS, "tokens": TOKENS, "seeds": args.seeds,
-        "alpha": args.alpha or 16, "tenants": tenants,
+        "about": args.about, "alpha": args.alpha or 16, "tenants": tenants,
     }  # fmt: skip
     if ablation := meant(ABLATION):
         more, others = measure(ablation, ABLATION_TENANTS)
         beside = [r for r in rows if r["tenant"] in ABLATION_TENANTS and not r["contender"].startswith("mos-e1")]
         told["ablation"] = summarise(beside + more, rates | others) | {"tenants": list(ABLATION_TENANTS)}
+    runs.pool.shutdown()
     told |= {"runs": len(runs.done), "cpu_s": sum(r["cpu_s"] for r in runs.done.values()), "wall_s": time.time() - wall}
     write_result(args.name, told)
     for n, row in told["contenders"].items():

@@ -116,7 +116,8 @@ def measure(folder: Path, rows: int, rounds: int, new: int) -> dict[str, Any]:
 
     def ours(which: list[str]) -> Callable[[], float]:
         how = Sampling(new + 1, ignore_end=True)
-        return lambda: answer(engine, [Ask("t", w, tuple(p), how) for w, p in zip(which, prompts.tolist(), strict=True)])
+        asks = [Ask("t", w, tuple(p), how) for w, p in zip(which, prompts.tolist(), strict=True)]
+        return lambda: answer(engine, asks)
 
     def theirs(model: Any, **extra: Any) -> Callable[[], float]:
         def spend(n: int) -> float:
@@ -151,7 +152,8 @@ def measure(folder: Path, rows: int, rounds: int, new: int) -> dict[str, Any]:
                 "cpu_s": s} for n, s in spent.items()}  # fmt: skip
     rate = {n: r["tokens_per_cpu_s"] for n, r in told.items()}
     ratios = {
-        "lora over peft-mixed": rate["lora"] / rate["peft-mixed"], "mos over peft-mixed": rate["mos"] / rate["peft-mixed"],
+        "lora over peft-mixed": rate["lora"] / rate["peft-mixed"],
+        "mos over peft-mixed": rate["mos"] / rate["peft-mixed"],
         "base over transformers": rate["base"] / rate["transformers"], "lora of base": told["lora"]["of_base"],
         "mos of base": told["mos"]["of_base"],
     }  # fmt: skip

@@ -184,17 +184,20 @@ def equal_budget(said: dict[str, Any], brief: bool) -> str:
     base, rows = said["base_bits_per_byte"].values(), []
     for name, r in said["contenders"].items():
         gain, wins = r.get("gain_over_lora_at_equal_parameters"), r.get("wins_over_lora_at_equal_parameters")
-        against = ("" if gain is None else f"{gain:+.4f}", wins or "")
+        worth = [w for w in r.get("lora_parameters_of_equal_quality_over_own", ()) if w and gain is not None]
+        span = f"{min(worth):.2f} to {max(worth):.2f}" if len(worth) > 1 else ""
+        against = ("" if gain is None else f"{gain:+.4f}", wins or "", span)
         if not brief or name.startswith(("lora", "mos-e", "full")):
             score = (f"{r['bits_per_byte']:.4f}", f"{r['sd_over_seeds']:.4f}")
             rows.append((name, f"{r['trained']:,}", *score, *against))
     ablation = "" if brief or "ablation" not in said else _ablation(said["ablation"])
     return (
-        f"Held-out bits per byte on the demo's base, less is better: mean over {len(said['tenants'])} tenants and "
+        f"Held-out bits per byte on {said['about']}, less is better: mean over {len(said['tenants'])} tenants and "
         f"{said['seeds']} seeds, {said['steps']} steps, one search of the learning rate for each contender and tenant; "
         f"{sum(base) / len(base):.4f} without an adapter. Gain and wins are over the LoRA of as many trained "
-        "numbers, in pairs of tenant and seed.\n\n"
-        + table("contender | trained: | bits/byte: | sd over seeds: | gain: | wins:", rows)
+        "numbers, in pairs of tenant and seed; worth is the LoRA of equal quality, in times the trained numbers, from "
+        "seed to seed (where it lies between measured LoRAs).\n\n"
+        + table("contender | trained: | bits/byte: | sd over seeds: | gain: | wins: | worth:", rows)
         + ablation
     )
 
@@ -206,7 +209,7 @@ def _ablation(said: dict[str, Any]) -> str:
         for name, r in said["contenders"].items()
     ]
     return (
-        f"\nThe paper's ablation at e = 2 (tenant {', '.join(said['tenants'])}; mos-e2-r12 is MoS whole):\n\n"
+        f"\n\nThe paper's ablation at e = 2 (tenant {', '.join(said['tenants'])}; mos-e2-r12 is MoS whole):\n\n"
         + table("contender | trained: | bits/byte: | sd over seeds:", rows)
     )
 
@@ -241,6 +244,7 @@ def store_bytes(said: dict[str, Any], brief: bool) -> str:
 
 BENCHMARKS = (
     ("equal_budget", "Quality at equal trained numbers", "benchmarks/equal_budget.py", equal_budget),
+    ("deeper_base", "The same on a deeper base", "benchmarks/equal_budget.py", equal_budget),
     ("train_step", "Cost of a training step", "benchmarks/train_step.py", train_step),
     ("store_bytes", "Bytes of a fleet on disk", "benchmarks/store_bytes.py", store_bytes),
     ("peft_suite", "PEFT's tests", "tools/peft_suite.py", peft_suite),
