@@ -18,6 +18,7 @@ from plures.adapt import adapts
 from plures.adapt._lay import lay
 from plures.bridges.on_model import as_lora
 from plures.core.errors import WrongUse
+from plures.engine import packed
 from plures.engine.admit import Admission
 from plures.engine.ask import BASE, Ask, Overloaded, Piece, Sampling, Unavailable
 from plures.engine.bank import Room, pack
@@ -473,14 +474,46 @@ def test_packed_variants_share_what_is_equal_and_take_a_seventh_of_lora(
 
 def test_an_arena_that_is_full_says_so_and_loses_nothing(base: Base, variants: dict[str, Variant]) -> None:
     decoder = Decoder(base.model)
-    packed = [pack(v, decoder.places()) for v in variants.values()]
-    bank = decoder.bank(8, packed[0].n_bytes + 64)
-    assert bank.put(packed[0]) is not None
+    first, second, *_ = [pack(v, decoder.places()) for v in variants.values()]
+    bank = decoder.bank(8, first.n_bytes + 64)
+    assert bank.put(first) is not None
     used = bank.used_bytes
-    assert bank.put(packed[1]) is None
+    assert bank.put(second) is None
     assert bank.used_bytes == used
-    bank.drop(packed[0].identity)
-    assert bank.put(packed[1]) is not None or packed[1].n_bytes > packed[0].n_bytes
+    bank.drop(first.identity)
+    assert bank.put(second) is not None or second.n_bytes > first.n_bytes
+
+
+def test_packed_files_are_mapped_proven_and_made_anew(
+    base: Base, variants: dict[str, Variant], tmp_path: Path, engine: Callable[..., Engine]
+) -> None:
+    fetched: list[str] = []
+
+    def fetch(identity: str) -> Variant:
+        fetched.append(identity)
+        return variants[identity]
+
+    def answers() -> list[tuple[int, ...]]:
+        served = Engine(base, fetch, Settings(kv_tokens=2048, bank_bytes=1 << 24), folder=tmp_path / "packed")
+        made = [ask(served, "The parcel", i) for i in variants]
+        finish(served, *made)
+        served.stop(0)
+        return [a.ids for a in made]
+
+    first = answers()
+    assert len(fetched) == len(variants)
+    assert answers() == first
+    assert len(fetched) == len(variants)  # the second engine read the files
+    one, two, three, *_ = (packed.path_of(tmp_path / "packed", i) for i in variants)
+    data = bytearray(one.read_bytes())
+    data[-5] ^= 1
+    one.write_bytes(data)
+    two.write_bytes(two.read_bytes()[:-9])
+    three.write_bytes(packed.path_of(tmp_path / "packed", list(variants)[3]).read_bytes())  # another variant's file
+    assert answers() == first
+    assert sorted(fetched[len(variants) :]) == sorted(list(variants)[:3])
+    again = pack(next(iter(variants.values())), Decoder(base.model).places())
+    assert not packed.keep(again, one / "below a file")
 
 
 def test_room_is_given_back_whole() -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,15 @@ from plures.tensors.variant import Variant
 class Engine:
     """Answers requests from a base and any number of its variants; see `Serving` for what doors call.
 
-    `fetch` gives a variant by its identity; `share_of` what a tenant may use. `start` begins the thread; without it,
+    `fetch` gives a variant by its identity; `share_of` what a tenant may use; `folder` is where packed variants are
+    kept. `start` begins the thread; without it,
     `step` may be called by hand.
     """
 
     def __init__(
         self, base: Base, fetch: Callable[[str], Variant], settings: Settings = Settings(), *,
         share_of: Callable[[str], Share] = lambda _: Share(), admission: Admission | None = None,
+        folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.base, self.settings = base, settings
         dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
@@ -51,7 +54,9 @@ class Engine:
         kept = settings.tokens_kept(8 * d.n_layers * d.n_kv * d.d, d.context)
         self.cache, self.bank = d.cache(kept, settings.share_prefixes), d.bank(settings.slots, settings.bank_bytes)
         self._lock = threading.Condition()
-        self.tiers = Tiers(self.bank, d.places(), fetch, host_bytes=settings.host_bytes, loaded=self._wake)
+        self.tiers = Tiers(
+            self.bank, d.places(), fetch, folder=folder, host_bytes=settings.host_bytes, loaded=self._wake
+        )
         self.share_of = share_of
         # a quantum of 8 tokens a row: simulated light tenants then wait 1.1 to 1.6 times what they wait alone
         self.queue = Queue(share_of, policy=settings.policy, quantum_tokens=8.0 * settings.rows)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Where a variant's tensors are: in a slot, packed in host memory, or in the store; and how they move.
+"""Where a variant's tensors are: in a slot, packed and mapped from a file, or in the store; and how they move.
 
 A request names its variant when it arrives, so the load begins there and then, in a thread of its own, while the batch
 goes on. Of the slots that no row uses and nobody pinned, the coldest is given up: heat is the number of requests, each
@@ -11,8 +11,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from plures.engine import packed
 from plures.engine.ask import Unavailable
 from plures.engine.bank import Bank, Packed, Place, pack
 from plures.tensors.variant import Variant
@@ -21,14 +23,15 @@ from plures.tensors.variant import Variant
 class Tiers:
     """The variants of a bank, and those behind it. All methods but `fetch` are for the engine's thread.
 
-    `fetch` reads a variant by its identity from the store; it runs in a thread of this object's.
+    `fetch` reads a variant by its identity from the store; it runs in a thread of this object's. `folder` holds packed
+    files; None keeps packed variants in memory alone. `host_bytes` bounds what is packed and mapped at once.
     """
 
     def __init__(
-        self, bank: Bank, places: Mapping[str, Place], fetch: Callable[[str], Variant], *,
+        self, bank: Bank, places: Mapping[str, Place], fetch: Callable[[str], Variant], *, folder: Path | None = None,
         host_bytes: int = 1 << 30, half_life: float = 256.0, loaded: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self.bank, self.places, self.fetch = bank, places, fetch
+        self.bank, self.places, self.fetch, self.folder = bank, places, fetch, folder
         self.host_bytes, self.half_life, self.loaded = host_bytes, half_life, loaded
         self.pinned: frozenset[str] = frozenset()
         self.log: deque[str] = deque(maxlen=100_000)  # which variant each request asked, for `belady`
@@ -57,7 +60,13 @@ class Tiers:
 
     def _load(self, identity: str) -> Packed:
         try:
-            return pack(self.fetch(identity), self.places, identity)
+            if self.folder is None:
+                return pack(self.fetch(identity), self.places, identity)
+            found = packed.find(self.folder, identity)
+            if found is None:
+                made = pack(self.fetch(identity), self.places, identity)
+                found = (packed.find(self.folder, identity) if packed.keep(made, self.folder) else None) or made
+            return found
         finally:
             self.loaded()
 
@@ -89,9 +98,8 @@ class Tiers:
                 self._failed[identity] = str(error)
                 continue
             self.loads += 1
-            packed = future.result()
-            self._packed[identity] = packed
-            self._bytes += packed.n_bytes
+            self._packed[identity] = future.result()
+            self._bytes += self._packed[identity].n_bytes
             while self._bytes > self.host_bytes and len(self._packed) > 1:
                 _, gone = self._packed.popitem(last=False)
                 self._bytes -= gone.n_bytes
@@ -104,14 +112,14 @@ class Tiers:
     def enter(self, identity: str) -> int | None:
         """The variant's slot, taken for one row; colder ones are put out for it. None where all are in use."""
         with self._lock:
-            packed = self._packed.get(identity)
-            if packed is not None:
+            held = self._packed.get(identity)
+            if held is not None:
                 self._packed.move_to_end(identity)
             slot = self.bank.slots.get(identity)
             while slot is None:
-                if packed is None:
+                if held is None:
                     return None
-                slot = self.bank.put(packed)
+                slot = self.bank.put(held)
                 if slot is None and not self._evict():
                     return None
             self._users[identity] = self._users.get(identity, 0) + 1

@@ -1,0 +1,53 @@
+"""`plures serve`: all variants of a fleet from one process, over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from plures.cli.output import FleetOption, fleet_path
+
+
+def command(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the API; 0 takes a free one.")] = 8000,
+    admin_port: Annotated[int, typer.Option(help="Port of the administration; 0: none.")] = 0,
+    open: Annotated[bool, typer.Option("--open", help="No keys: for your own machine.")] = False,
+    rows: Annotated[int, typer.Option(help="Requests answered at once.")] = 32,
+    slots: Annotated[int, typer.Option(help="Variants resident at once.")] = 64,
+    kv_tokens: Annotated[int, typer.Option(help="Tokens kept for all rows; 0: by the machine's memory.")] = 0,
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Run the base in bfloat16.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads to compute with; 0: as torch chooses.")] = 0,
+    grace: Annotated[float, typer.Option(help="Seconds that running requests are given at a stop.")] = 30.0,
+    fleet: FleetOption = "",
+) -> None:
+    """Serve every variant of a fleet with OpenAI's API, from one process."""
+    import signal
+    import threading
+
+    import torch
+
+    from plures.engine.limits import Settings
+    from plures.server.run import Service
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = Settings(rows=rows, slots=slots, kv_tokens=kv_tokens, bfloat16=bfloat16)
+    asked = threading.Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: asked.set())
+    service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port or None, open=open)
+    service.start()
+    typer.echo(f"serving {fleet_path(fleet)} at {service.url}/v1" + (f", administration at {service.admin_url}/admin"
+               if admin_port else ""))  # fmt: skip
+    if not open:
+        typer.echo("callers need a key: plures key TENANT; --open serves your own machine without")
+    while not asked.wait(1.0):
+        if not service.engine.alive:
+            break
+    failed = service.engine.failure
+    typer.echo("stopping: running requests are finished first")
+    service.stop(grace)
+    if failed:
+        raise typer.Exit(1)
