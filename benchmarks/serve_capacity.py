@@ -38,7 +38,7 @@ def cpu(work: Callable[[], Any]) -> float:
     return time.thread_time() - start
 
 
-def make_engine(base: Any, fetch: Any, **settings: Any) -> Any:
+def make_engine(base: Any, fetch: Any, folder: Path | None = None, **settings: Any) -> Any:
     """An engine that is stepped by hand."""
     from plures.engine.admit import Admission
     from plures.engine.limits import Settings
@@ -46,7 +46,8 @@ def make_engine(base: Any, fetch: Any, **settings: Any) -> Any:
 
     known = {"rows": ROWS, "slots": 2 * ROWS, "kv_tokens": 16_384, "prefill_tokens": ROWS * PROMPT,
              "share_prefixes": False}  # fmt: skip
-    return Engine(base, fetch, Settings(**(known | settings)), admission=Admission(horizon=1e9, horizon_s=1e9))
+    patient = Admission(horizon=1e9, horizon_s=1e9)
+    return Engine(base, fetch, Settings(**(known | settings)), admission=patient, folder=folder)
 
 
 def finish(engine: Any, asks: Sequence[Any]) -> float:
@@ -96,6 +97,7 @@ def activation(folder: Path, base: Any, variants: dict[str, list[Any]]) -> dict[
 
     from plures.engine.bank import pack
     from plures.engine.decoder import Decoder
+    from plures.engine.packed import find, keep
     from plures.store import Store
 
     store, decoder = Store.create(folder / "fleet", base.ref), Decoder(base.model)
@@ -105,9 +107,12 @@ def activation(folder: Path, base: Any, variants: dict[str, list[Any]]) -> dict[
         refs = [store.publish(v, f"{kind}{i}").ref for i, v in enumerate(made[:10])]
         loaded = [store.load(r) for r in refs]
         packed = [pack(v, places) for v in loaded]
+        for p in packed:
+            assert keep(p, folder / "packed")
         times = {
             "read and proven": [cpu(lambda r=r: store.load(r)) for r in refs],
             "packed": [cpu(lambda v=v: pack(v, places, "x" * 64)) for v in loaded],
+            "mapped and proven": [cpu(lambda p=p: find(folder / "packed", p.identity)) for p in packed],
             "made resident": [cpu(lambda p=p: bank.put(p)) for p in packed],
         }
         out[kind] = {n: 1e3 * statistics.median(t) for n, t in times.items()}
@@ -118,8 +123,10 @@ def activation(folder: Path, base: Any, variants: dict[str, list[Any]]) -> dict[
     model.save_pretrained(folder / "peft")
     loads = [cpu(lambda i=i: model.load_adapter(str(folder / "peft"), f"more{i}")) for i in range(12)]
     out["peft load_adapter"] = 1e3 * statistics.median(loads[2:])
-    out["peft over made resident"] = out["peft load_adapter"] / out["mos"]["made resident"]
-    out["peft over all of it"] = out["peft load_adapter"] / sum(out["mos"].values())
+    mos, peft = out["mos"], out["peft load_adapter"]
+    out["peft over made resident"] = peft / mos["made resident"]
+    out["peft over mapped and made resident"] = peft / (mos["made resident"] + mos["mapped and proven"])
+    out["peft over the first time"] = peft / (mos["read and proven"] + mos["packed"] + mos["made resident"])
     return out
 
 
@@ -181,7 +188,7 @@ def first_token(folder: Path, base: Any, rounds: int = 100) -> dict[str, Any]:
     store = Store.create(folder / "cold", base.ref)
     ids = [store.publish(make_variant(base, "mos", 5000 + i), f"v{i}").identity for i in range(rounds + 4)]
     name = {i: f"v{n}" for n, i in enumerate(ids)}
-    engine = make_engine(base, lambda i: store.load(name[i]), kv_tokens=65_536)
+    engine = make_engine(base, lambda i: store.load(name[i]), folder=folder / "cold" / "packed", kv_tokens=65_536)
     engine.start()
     prompt = tuple(range(100, 100 + PROMPT))
     beside = Sampling(2000, ignore_end=True)

@@ -242,11 +242,48 @@ def store_bytes(said: dict[str, Any], brief: bool) -> str:
     )
 
 
+def serve_decode(said: dict[str, Any], brief: bool) -> str:
+    """Tokens per CPU second while decoding, every row another variant."""
+    names = {
+        "base": "Plures, base", "lora": "Plures, 32 distinct LoRA", "mos": "Plures, 32 distinct MoS",
+        "transformers": "transformers generate, base", "peft-mixed": "PEFT mixed batch, 32 distinct LoRA",
+    }  # fmt: skip
+    rows = [(names[n], f"{r['tokens_per_cpu_s']:.0f}", f"{r['of_base']:.2f}")
+            for n, r in said["sides"].items() if n in names]  # fmt: skip
+    return (
+        f"Decoding {said['rows']} rows, every row its own variant (LoRA of rank 16; MoS of rank 16 at e = 2), on a Llama "
+        f"of width {said['shape']['hidden_size']} and {said['shape']['num_hidden_layers']} layers with random weights: "
+        "tokens per second of one CPU thread, all sides interleaved in one process.\n\n"
+        + table("side | tokens per CPU s: | of our base's rate:", rows)
+    )
+
+
+def serve_capacity(said: dict[str, Any], brief: bool) -> str:
+    """What many variants cost a server beside decoding."""
+    made, zipf, first = said["activation"], said["zipf"], said["first_token"]
+    rows = [
+        ("prompts of 32 variants against the base's", f"LoRA {said['prefill']['lora_over_base']:.2f} times, MoS "
+         f"{said['prefill']['mos_over_base']:.2f} times"),
+        ("1,000 resident MoS variants", f"{said['memory']['bytes'] / 1e9:.3f} GB; one is 1/"
+         f"{said['memory']['lora_over_mos']:.2f} of its LoRA of rank 16"),
+        ("making a packed MoS variant resident", f"{made['mos']['made resident']:.2f} ms of CPU; PEFT's load_adapter "
+         f"{made['peft load_adapter']:.0f} ms"),
+        ("… mapped from its file and proven", f"{made['mos']['mapped and proven']:.2f} ms more"),
+        ("… from the store, the first time", f"{made['mos']['read and proven'] + made['mos']['packed']:.1f} ms more"),
+        ("1,000 variants under Zipf through 32 slots", f"{zipf['1000 over 32']:.2f} of the rate with 32 variants"),
+        ("first token, cold against warm", f"P50 {first['cold']['p50_ms'] / first['warm']['p50_ms']:.2f} times, P99 "
+         f"{first['p99_ratio']:.2f} times"),
+    ]  # fmt: skip
+    return "The same model and variants.\n\n" + table("what | measured", rows)
+
+
 BENCHMARKS = (
     ("equal_budget", "Quality at equal trained numbers", "benchmarks/equal_budget.py", equal_budget),
     ("deeper_base", "The same on a deeper base", "benchmarks/equal_budget.py", equal_budget),
     ("train_step", "Cost of a training step", "benchmarks/train_step.py", train_step),
     ("store_bytes", "Bytes of a fleet on disk", "benchmarks/store_bytes.py", store_bytes),
+    ("serve_decode", "Serving: 32 variants in one batch", "benchmarks/serve_decode.py", serve_decode),
+    ("serve_capacity", "Serving: what many variants cost", "benchmarks/serve_capacity.py", serve_capacity),
     ("peft_suite", "PEFT's tests", "tools/peft_suite.py", peft_suite),
 )
 

@@ -497,6 +497,7 @@ def test_packed_files_are_mapped_proven_and_made_anew(
         served = Engine(base, fetch, Settings(kv_tokens=2048, bank_bytes=1 << 24), folder=tmp_path / "packed")
         made = [ask(served, "The parcel", i) for i in variants]
         finish(served, *made)
+        served.tiers._loader.submit(int).result()  # files are written behind the answers
         served.stop(0)
         return [a.ids for a in made]
 

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ class Tiers:
                 return pack(self.fetch(identity), self.places, identity)
             found = packed.find(self.folder, identity)
             if found is None:
-                made = pack(self.fetch(identity), self.places, identity)
-                found = (packed.find(self.folder, identity) if packed.keep(made, self.folder) else None) or made
+                found = pack(self.fetch(identity), self.places, identity)
+                with suppress(RuntimeError):  # it is being closed; the file is for the next time, and not waited for
+                    self._loader.submit(packed.keep, found, self.folder)
             return found
         finally:
             self.loaded()
