@@ -179,7 +179,7 @@ def zipf(base: Any, seed: int = 0, n: int = 512, new: int = 24) -> dict[str, Any
 
 
 def first_token(folder: Path, base: Any, rounds: int = 100) -> dict[str, Any]:
-    """Milliseconds to the first token beside 16 rows that decode, the variant cold (in the store) or resident."""
+    """Milliseconds to the first token beside 16 rows that decode, the variant cold (a packed file) or resident."""
     import threading
 
     from plures.engine.ask import BASE, Ask, Sampling
@@ -189,6 +189,8 @@ def first_token(folder: Path, base: Any, rounds: int = 100) -> dict[str, Any]:
     ids = [store.publish(make_variant(base, "mos", 5000 + i), f"v{i}").identity for i in range(rounds + 4)]
     name = {i: f"v{n}" for n, i in enumerate(ids)}
     engine = make_engine(base, lambda i: store.load(name[i]), folder=folder / "cold" / "packed", kv_tokens=65_536)
+    engine.tiers.prepare(ids)  # as the server does for all variants of its fleet
+    engine.tiers._packer.submit(int).result()
     engine.start()
     prompt = tuple(range(100, 100 + PROMPT))
     beside = Sampling(2000, ignore_end=True)

@@ -180,14 +180,14 @@ def train_step(said: dict[str, Any], brief: bool) -> str:
 
 
 def equal_budget(said: dict[str, Any], brief: bool) -> str:
-    """Quality against trained numbers; in brief without the ablation."""
+    """Quality against trained numbers; in brief without the ablation, and of LoRA what stands beside MoS."""
     base, rows = said["base_bits_per_byte"].values(), []
     for name, r in said["contenders"].items():
         gain, wins = r.get("gain_over_lora_at_equal_parameters"), r.get("wins_over_lora_at_equal_parameters")
         worth = [w for w in r.get("lora_parameters_of_equal_quality_over_own", ()) if w and gain is not None]
         span = f"{min(worth):.2f} to {max(worth):.2f}" if len(worth) > 1 else ""
         against = ("" if gain is None else f"{gain:+.4f}", wins or "", span)
-        if not brief or name.startswith(("lora", "mos-e", "full")):
+        if not brief or name.startswith("mos-e") or name in ("lora-r1", "lora-r2", "lora-r8", "full"):
             score = (f"{r['bits_per_byte']:.4f}", f"{r['sd_over_seeds']:.4f}")
             rows.append((name, f"{r['trained']:,}", *score, *against))
     ablation = "" if brief or "ablation" not in said else _ablation(said["ablation"])
@@ -200,6 +200,18 @@ def equal_budget(said: dict[str, Any], brief: bool) -> str:
         + table("contender | trained: | bits/byte: | sd over seeds: | gain: | wins: | worth:", rows)
         + ablation
     )
+
+
+def deeper_base(said: dict[str, Any], brief: bool) -> str:
+    """The same on a deeper base; in brief one sentence."""
+    if not brief:
+        return equal_budget(said, brief)
+    told = []
+    for name, r in said["contenders"].items():
+        worth = r["lora_parameters_of_equal_quality_over_own"]
+        if name.startswith("mos-") and all(worth):
+            told.append(f"{name} is worth LoRA of {min(worth):.2f} to {max(worth):.2f} times its trained numbers")
+    return f"On {said['about']}: {'; '.join(told)} ({said['seeds']} seeds)."
 
 
 def _ablation(said: dict[str, Any]) -> str:
@@ -251,7 +263,7 @@ def serve_decode(said: dict[str, Any], brief: bool) -> str:
     rows = [(names[n], f"{r['tokens_per_cpu_s']:.0f}", f"{r['of_base']:.2f}")
             for n, r in said["sides"].items() if n in names]  # fmt: skip
     return (
-        f"Decoding {said['rows']} rows, every row its own variant (LoRA of rank 16; MoS of rank 16 at e = 2), on a Llama "
+        f"Decoding {said['rows']} rows, each its own variant (LoRA of rank 16; MoS of rank 16 at e = 2), on a Llama "
         f"of width {said['shape']['hidden_size']} and {said['shape']['num_hidden_layers']} layers with random weights: "
         "tokens per second of one CPU thread, all sides interleaved in one process.\n\n"
         + table("side | tokens per CPU s: | of our base's rate:", rows)
@@ -274,12 +286,14 @@ def serve_capacity(said: dict[str, Any], brief: bool) -> str:
         ("first token, cold against warm", f"P50 {first['cold']['p50_ms'] / first['warm']['p50_ms']:.2f} times, P99 "
          f"{first['p99_ratio']:.2f} times"),
     ]  # fmt: skip
+    if brief:
+        return f"{rows[1][0]}: {rows[1][1]}. {rows[5][0]}: {rows[5][1]}."
     return "The same model and variants.\n\n" + table("what | measured", rows)
 
 
 BENCHMARKS = (
     ("equal_budget", "Quality at equal trained numbers", "benchmarks/equal_budget.py", equal_budget),
-    ("deeper_base", "The same on a deeper base", "benchmarks/equal_budget.py", equal_budget),
+    ("deeper_base", "The same on a deeper base", "benchmarks/equal_budget.py", deeper_base),
     ("train_step", "Cost of a training step", "benchmarks/train_step.py", train_step),
     ("store_bytes", "Bytes of a fleet on disk", "benchmarks/store_bytes.py", store_bytes),
     ("serve_decode", "Serving: 32 variants in one batch", "benchmarks/serve_decode.py", serve_decode),

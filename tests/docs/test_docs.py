@@ -78,7 +78,7 @@ def test_a_full_comparison_leaves_the_readme_short_enough(writer: ModuleType) ->
         "wins_over_lora_at_equal_parameters": None,
     }  # fmt: skip
     names = [*(f"lora-r{r}" for r in (1, 2, 4, 8, 16)), *(f"mos-e{i}" for i in range(5)), "full", "pure-sharing"]
-    said = {"tenants": ["a", "b"], "seeds": 3, "steps": 120, "base_bits_per_byte": {"a": 1.5, "b": 1.7},
+    said = {"about": "a base", "tenants": ["a", "b"], "seeds": 3, "steps": 120, "base_bits_per_byte": {"a": 1, "b": 2},
             "contenders": dict.fromkeys(names, row)}  # fmt: skip
     brief = writer.equal_budget(said, brief=True)
     assert "pure-sharing" not in brief

@@ -497,7 +497,7 @@ def test_packed_files_are_mapped_proven_and_made_anew(
         served = Engine(base, fetch, Settings(kv_tokens=2048, bank_bytes=1 << 24), folder=tmp_path / "packed")
         made = [ask(served, "The parcel", i) for i in variants]
         finish(served, *made)
-        served.tiers._loader.submit(int).result()  # files are written behind the answers
+        served.tiers._packer.submit(int).result()  # files are written behind the answers
         served.stop(0)
         return [a.ids for a in made]
 
@@ -513,6 +513,12 @@ def test_packed_files_are_mapped_proven_and_made_anew(
     three.write_bytes(packed.path_of(tmp_path / "packed", list(variants)[3]).read_bytes())  # another variant's file
     assert answers() == first
     assert sorted(fetched[len(variants) :]) == sorted(list(variants)[:3])
+    made = Engine(base, fetch, Settings(kv_tokens=2048, bank_bytes=1 << 24), folder=tmp_path / "packed")
+    one.unlink()
+    made.tiers.prepare(list(variants)[:4])
+    made.tiers._packer.submit(int).result()
+    made.stop(0)
+    assert sorted(p.stem for p in (tmp_path / "packed").iterdir()) == sorted(list(variants)[:4])
     again = pack(next(iter(variants.values())), Decoder(base.model).places())
     assert not packed.keep(again, one / "below a file")
 

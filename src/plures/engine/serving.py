@@ -95,24 +95,25 @@ class Engine:
             least, most = min(ask.tokens), max(ask.tokens)
             raise WrongUse(f"token ids must be in [0, {self.decoder.vocab}), got {least} to {most}")
         grammar = self.grammars.make(ask.how.schema) if ask.how.schema else None
+        tokens = n + ask.how.max_tokens
         with self._lock:
             if self._stopping or self.failure:
                 raise Overloaded("the server is stopping" if self._stopping else self.failure, 30.0)
-            now, tokens = time.monotonic(), n + ask.how.max_tokens
-            share = self.share_of(ask.tenant)
             self.admission.check(
                 use=(self._owed + tokens) / (self.cache.size * BLOCK), waiting=len(self.queue),
-                waiting_tokens=self.queue.waiting_tokens, tokens=tokens, weight=share.weight,
+                waiting_tokens=self.queue.waiting_tokens, tokens=tokens, weight=self.share_of(ask.tenant).weight,
                 behind=self.queue.lead(ask.tenant), drain_tokens_s=self._speed,
             )  # fmt: skip
+        if ask.variant != BASE:
+            self.tiers.ask(ask.variant)
+        words = Words(self.base.tokenizer, ask.how.stop)
+        with self._lock:
             self._next += 1
+            now = time.monotonic()
             waiting = Waiting(self._next, ask.tenant, ask.variant, n, ask.how.max_tokens, now)
             self.queue.put(waiting, now)
             self._owed += tokens
-            words = Words(self.base.tokenizer, ask.how.stop)
             self._waiting[self._next] = Row(ask, deliver, waiting, list(ask.tokens), words, Chooser(ask.how, grammar))
-            if ask.variant != BASE:
-                self.tiers.ask(ask.variant)
             self._stir()
             return self._next
 

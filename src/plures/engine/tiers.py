@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from plures.core.errors import PluresError
 from plures.engine import packed
 from plures.engine.ask import Unavailable
 from plures.engine.bank import Bank, Packed, Place, pack
@@ -22,7 +23,7 @@ from plures.tensors.variant import Variant
 
 
 class Tiers:
-    """The variants of a bank, and those behind it. All methods but `fetch` are for the engine's thread.
+    """The variants of a bank, and those behind it. What is not said to be for any thread is for the engine's.
 
     `fetch` reads a variant by its identity from the store; it runs in a thread of this object's. `folder` holds packed
     files; None keeps packed variants in memory alone. `host_bytes` bounds what is packed and mapped at once.
@@ -44,10 +45,16 @@ class Tiers:
         self._loading: dict[str, Future[Packed]] = {}
         self._failed: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._prepared: set[str] = set()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="plures-load")
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="plures-pack")
 
     def ask(self, identity: str) -> None:
-        """A request for `identity` has arrived: count it, and begin to load where it is not in memory."""
+        """A request for `identity` has arrived: count it, and see that it comes into memory.
+
+        A packed file is mapped here and now, by the thread that brings the request; reading from the store goes on
+        behind. May be called from any thread.
+        """
         with self._lock:
             self.asked += 1
             self.log.append(identity)
@@ -55,20 +62,41 @@ class Tiers:
             self._heat[identity] = (heat * 0.5 ** ((self.asked - last) / self.half_life) + 1, self.asked)
             if identity in self.bank.slots:
                 self.hits += 1
+            if identity in self.bank.slots or identity in self._packed or identity in self._loading:
+                return
+            self._failed.pop(identity, None)
+        found = packed.find(self.folder, identity) if self.folder is not None else None
+        with self._lock:
+            if found is not None:
+                self._insert(identity, found)
             elif identity not in self._packed and identity not in self._loading:
-                self._failed.pop(identity, None)
                 self._loading[identity] = self._loader.submit(self._load, identity)
+
+    def prepare(self, identities: Iterable[str]) -> None:
+        """Write packed files, behind everything else, of those of `identities` that have none; others' are removed."""
+        if self.folder is None:
+            return
+        wanted = frozenset(identities)
+        have = {p.stem: p for p in self.folder.glob("*.safetensors")} if self.folder.is_dir() else {}
+        for identity in have.keys() - wanted:
+            have[identity].unlink(missing_ok=True)
+        for identity in wanted - have.keys() - self._prepared:
+            self._prepared.add(identity)
+            self._packer.submit(self._prepare, identity)
+
+    def _prepare(self, identity: str) -> None:
+        assert self.folder is not None
+        if not packed.path_of(self.folder, identity).exists():
+            with suppress(PluresError):  # whoever asks for it will be told
+                packed.keep(pack(self.fetch(identity), self.places, identity), self.folder)
 
     def _load(self, identity: str) -> Packed:
         try:
-            if self.folder is None:
-                return pack(self.fetch(identity), self.places, identity)
-            found = packed.find(self.folder, identity)
-            if found is None:
-                found = pack(self.fetch(identity), self.places, identity)
+            made = pack(self.fetch(identity), self.places, identity)
+            if self.folder is not None:
                 with suppress(RuntimeError):  # it is being closed; the file is for the next time, and not waited for
-                    self._loader.submit(packed.keep, found, self.folder)
-            return found
+                    self._packer.submit(packed.keep, made, self.folder)
+            return made
         finally:
             self.loaded()
 
@@ -99,12 +127,16 @@ class Tiers:
             if error is not None:
                 self._failed[identity] = str(error)
                 continue
-            self.loads += 1
-            self._packed[identity] = future.result()
-            self._bytes += self._packed[identity].n_bytes
-            while self._bytes > self.host_bytes and len(self._packed) > 1:
-                _, gone = self._packed.popitem(last=False)
-                self._bytes -= gone.n_bytes
+            self._insert(identity, future.result())
+
+    def _insert(self, identity: str, found: Packed) -> None:
+        """Keep a packed variant in memory; those used longest ago make room."""
+        self.loads += 1
+        self._packed[identity] = found
+        self._bytes += found.n_bytes
+        while self._bytes > self.host_bytes and len(self._packed) > 1:
+            _, gone = self._packed.popitem(last=False)
+            self._bytes -= gone.n_bytes
 
     def can_enter(self, identity: str) -> bool:
         """Whether a slot could be had now: it has one, or one is empty or idle."""
@@ -170,3 +202,4 @@ class Tiers:
     def close(self) -> None:
         """Stop loading."""
         self._loader.shutdown(wait=True, cancel_futures=True)
+        self._packer.shutdown(wait=True, cancel_futures=True)
