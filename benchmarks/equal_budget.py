@@ -9,8 +9,8 @@ seed moves the starting tensors, the shard indices and the order of the data.
     python benchmarks/equal_budget.py                     the committed run: about 60 CPU minutes, 2 workers
     python benchmarks/equal_budget.py --only mos,lora --steps 480 --name longer
     python -m plures.demo.pretrain --out /tmp/deep --layers 24 --hidden 96 --tokens 3e6
-    python benchmarks/equal_budget.py --base /tmp/deep --only lora-r1,lora-r2,lora-r4,mos-e1,mos-e2-r16 \
-        --tenants bytecode,topics --name deeper_base     the committed run on a deeper base
+    python benchmarks/equal_budget.py --base /tmp/deep --tenants bytecode,topics --name deeper_base \
+        --only lora-r1,lora-r2,lora-r4,lora-r16,mos-e1,mos-e2-r16
 
 Raw results are appended to benchmarks/results/<name>.jsonl as they come (a rerun goes on from there) and summed up in
 <name>.json.
@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="contenders whose name starts with one of these, comma-separated")
+    parser.add_argument("--only", default="", help="contenders whose name begins with one of these (whole words), comma-separated")
     parser.add_argument("--tenants", default=",".join(TENANTS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--base", default="demo", help="folder of another base than the demo's")
@@ -264,7 +264,8 @@ def main() -> None:
     args = parser.parse_args()
 
     def meant(contenders: list[Contender]) -> list[Contender]:
-        keep = [c for c in contenders if not args.only or any(c.name.startswith(p) for p in args.only.split(","))]
+        only = args.only.split(",") if args.only else [c.name for c in contenders]
+        keep = [c for c in contenders if any(f"{c.name}-".startswith(f"{p}-") for p in only)]
         other = {"alpha": args.alpha} if args.alpha else {}
         return [Contender(c.name, c.adapt | ({} if c.name == "full" else other), c.middle) for c in keep]
 

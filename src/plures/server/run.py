@@ -14,6 +14,7 @@ import uvicorn
 from plures.core.errors import BadInput, WrongUse
 from plures.engine.limits import Settings
 from plures.engine.model import load_base
+from plures.engine.packed import FOLDER
 from plures.engine.schedule import Share
 from plures.engine.serving import Engine
 from plures.flows.desk import Desk
@@ -52,7 +53,10 @@ class Service:
         try:
             base = load_base(self.desk.store.base)
             self._tenants: dict[str, Tenant] = {}
-            self.engine = Engine(base, self.desk.load, settings, share_of=self._share_of)
+            self._pins: frozenset[str] = frozenset()
+            self._known: frozenset[str] = frozenset()
+            folder = Path(fleet) / FOLDER
+            self.engine = Engine(base, self.desk.load, settings, share_of=self._share_of, folder=folder)
             self.app = make_app(self.desk, self.engine, open=open)
             self._servers = [_listen(self.app, host, port)]
             if admin_port is not None:
@@ -109,11 +113,15 @@ class Service:
         """Take up what other processes changed: tenants' shares and pins."""
         try:
             self._tenants = {t.name: t for t in self.desk.access.tenants()}
-            pins = frozenset(self.desk.pinned())
+            pins, all_variants = frozenset(self.desk.pinned()), self.desk.identities()
         except BadInput:  # a store that is busy or unreadable for a while: what was known goes on being true
             return
-        if pins != self.engine.tiers.pinned:
+        if pins != self._pins:
+            self._pins = pins
             self.engine.pin(pins)
+        if all_variants != self._known:
+            self._known = all_variants
+            self.engine.tiers.prepare(all_variants)
 
     def stop(self, grace_s: float = 30.0) -> None:
         """Take no new requests, finish or fail those that run within `grace_s`, and close the ports."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 from plures.core.errors import BadInput, WrongUse, disk
 from plures.store import check, index, load, publish, sweep, versions
 from plures.store.blobs import Blobs
+from plures.store.by_identity import load_identity
 from plures.store.names import check_alias, check_name, check_text, parse, shown
 from plures.store.versions import Score, Version
 from plures.tensors.safe import sync_folder
@@ -156,6 +157,18 @@ class Store:
         Raises: WrongUse where there is no such version, BadInput where a blob is damaged, naming both.
         """
         return load.load(self._index, self._blobs, parse(ref), check)
+
+    def load_identity(self, identity: str) -> Variant:
+        """A variant by its identity in hex, whatever names point at it.
+
+        Raises: WrongUse where no version is that variant, BadInput where a blob is damaged.
+        """
+        return load_identity(self._index, self._blobs, identity)
+
+    @property
+    def data_version(self) -> tuple[int, int]:
+        """Numbers that change when the fleet does: by another process, or through this object."""
+        return self._index.data_version
 
     def manifest(self, ref: str) -> dict[str, Any]:
         """The manifest of a version, as `Variant.manifest` gives it; no tensor is read.

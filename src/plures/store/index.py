@@ -128,6 +128,14 @@ class Index:
             finally:
                 self._back()
 
+    @property
+    def data_version(self) -> tuple[int, int]:
+        """Numbers that change when the database does: by another connection, and by this one."""
+        with self._turn, sqlite_errors(self.path):
+            if not self._open:
+                raise WrongUse(f"the fleet {str(self.path.parent)!r} is closed; open it again with Store.open")
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0]), self._db.total_changes
+
     def _back(self) -> None:
         if self._db.in_transaction:  # SQLite has already undone it by itself after a full disk
             with suppress(sqlite3.Error):

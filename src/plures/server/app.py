@@ -1,0 +1,157 @@
+"""The public app: who may come in, how large a request may be, health, metrics, the status page, and OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import plures
+from plures.core.errors import PluresError
+from plures.engine.ask import Serving
+from plures.flows.desk import Desk
+from plures.server import openai, page
+from plures.server.errors import Refused, install, shape
+from plures.server.metrics import Metrics
+from plures.store.access import Key, Tenant
+
+MAX_BODY_BYTES = 8 << 20
+EVERYBODY = Tenant("everybody")
+_OWN = "script-src 'self'; style-src 'self'; connect-src 'self'"
+_CSP = f"default-src 'none'; {_OWN}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+class Edge:
+    """The outermost ASGI layer: refuses a body of more than `most` bytes as soon as that is known, and counts refusals.
+
+    A length that is declared is believed where it is too large; else the bytes are counted as they come.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, refused: Callable[[str, int], None]) -> None:
+        self.app, self.most, self.refused = app, most, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        seen, begun = 0, False
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:
+                raise _TooLarge
+            return message
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+                if message["status"] >= 400 and scope["path"].startswith("/v1/"):
+                    self.refused(scope.get("plures.tenant", "unknown"), message["status"])
+            await send(message)
+
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            if not declared.isdigit() or int(declared) > self.most:
+                raise _TooLarge
+            await self.app(scope, counted, noted)
+        except _TooLarge:
+            if not begun:
+                said = shape(f"the request is larger than {self.most} bytes", "invalid_request_error", "too_large")
+                await JSONResponse(said, 413, {"connection": "close"})(scope, receive, noted)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+class Keys:
+    """Who asks, by the key in the header; with `open`, everybody and everything."""
+
+    def __init__(self, desk: Desk, open: bool) -> None:
+        self.desk, self.open = desk, open
+
+    def key(self, request: Request) -> Key:
+        """The key of a request. Raises: Refused (401) where there is none, or none that lives."""
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secret:
+            raise Refused(401, "no key: send the header Authorization: Bearer pl-…", "missing_api_key")
+        found = self.desk.access.who(secret.strip())
+        if found is None:
+            raise Refused(401, "this key is not known, or has been revoked", "invalid_api_key")
+        return found
+
+    def tenant(self, request: Request) -> Tenant:
+        """The tenant of a request. Raises: Refused."""
+        tenant = EVERYBODY
+        if not self.open:
+            key = self.key(request)
+            if key.kind != "user":
+                raise Refused(401, "an admin key asks no models; use a tenant's key", "invalid_api_key")
+            tenant = self.desk.access.tenant(key.tenant)
+        request.scope["plures.tenant"] = tenant.name
+        return tenant
+
+
+def make_app(desk: Desk, serving: Serving, *, open: bool = False, max_body_bytes: int = MAX_BODY_BYTES) -> Any:
+    """The public ASGI app over a fleet's desk and an engine."""
+    app = FastAPI(title="Plures", version=plures.__version__, docs_url=None, redoc_url=None)
+    install(app)
+    keys, metrics = Keys(desk, open), Metrics(serving)
+    app.include_router(openai.router(desk, serving, metrics, keys.tenant))
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, str]:
+        """The process is up."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    def readyz() -> JSONResponse:
+        """Requests would be answered: the engine runs and the store can be read."""
+        why = "" if serving.alive else "the engine does not run"
+        if not why:
+            try:
+                desk.store.names()
+                desk.access.pins()
+            except PluresError as error:
+                why = str(error)
+        if why:
+            return JSONResponse({"status": "not ready", "reason": why}, 503)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        """Metrics as Prometheus reads them."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=HTMLResponse)
+    def index() -> HTMLResponse:
+        """The status page; it asks for a key where one is needed."""
+        return HTMLResponse(page.HTML, headers={"content-security-policy": _CSP})
+
+    @app.get("/status.js")
+    def script() -> Response:
+        """What fills the page."""
+        return Response(page.SCRIPT, media_type="text/javascript")
+
+    @app.get("/status.css")
+    def style() -> Response:
+        """How it looks."""
+        return Response(page.STYLE, media_type="text/css")
+
+    @app.get("/status.json")
+    def status(request: Request) -> Response:
+        """What goes on; to a tenant, of its own variants and queue alone."""
+        key = None if open else keys.key(request)
+        everything = key is None or key.kind == "admin"
+        tenant = EVERYBODY if key is None or everything else desk.access.tenant(key.tenant)
+        return Response(json.dumps(page.status(desk, serving, tenant, everything)), media_type="application/json")
+
+    return Edge(app, max_body_bytes, metrics.refused)

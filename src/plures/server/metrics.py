@@ -1,0 +1,156 @@
+"""What the server tells Prometheus: per tenant, and per variant for the busiest; every label bounded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from plures.engine.ask import Piece, Serving
+
+OTHER = "other"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Busiest:
+    """Exact counts of the busiest `most` names; the rest are in "other", so that the sum is always the whole.
+
+    A name comes out of "other" with what it has had since it was last put there, when that passes the least of those
+    that are shown; the least then goes into "other" with all it had.
+    """
+
+    def __init__(self, most: int, remembered: int = 100_000) -> None:
+        self.most, self.remembered = most, remembered
+        self.shown: dict[str, dict[str, float]] = {}
+        self.other: dict[str, float] = {}
+        self._hidden: dict[str, dict[str, float]] = {}
+
+    def add(self, name: str, kind: str, n: float) -> None:
+        """Count `n` of a kind for a name."""
+        if name in self.shown:
+            mine = self.shown[name]
+        elif len(self.shown) < self.most:
+            mine = self.shown[name] = {}
+        else:
+            mine = self._hidden.setdefault(name, {})
+            self.other[kind] = self.other.get(kind, 0) + n
+        mine[kind] = mine.get(kind, 0) + n
+        if name in self._hidden:
+            self._perhaps_show(name)
+            if len(self._hidden) > self.remembered:  # a name seldom asked is forgotten, not what it had
+                self._hidden.pop(min(self._hidden, key=lambda k: sum(self._hidden[k].values())))
+
+    def _perhaps_show(self, name: str) -> None:
+        least = min(self.shown, key=lambda k: sum(self.shown[k].values()))
+        if sum(self._hidden[name].values()) <= sum(self.shown[least].values()):
+            return
+        out, into = self.shown.pop(least), self._hidden.pop(name)
+        self._hidden[least] = dict(out)
+        for kind in out.keys() | into.keys():
+            self.other[kind] = self.other.get(kind, 0) + out.get(kind, 0) - into.get(kind, 0)
+        self.shown[name] = into
+
+
+class Metrics:
+    """One app's metrics in a registry of their own."""
+
+    def __init__(self, serving: Serving, tenants: int = 100, variants: int = 50) -> None:
+        self.registry, self._lock = CollectorRegistry(), threading.Lock()
+        self._names, self._most_tenants = set[str](), tenants
+        self._tokens = Busiest(variants)
+        self.requests = self._counter("plures_requests_total", "Requests by tenant and status.", ["tenant", "status"])
+        self.first = self._histogram("plures_first_token_seconds", "From request to first token.")
+        self.between = self._histogram("plures_between_tokens_seconds", "From piece to piece.")
+        self.whole = self._histogram("plures_request_seconds", "From request to the end of the answer.")
+        self.registry.register(_Live(serving, self))
+
+    def _counter(self, name: str, about: str, labels: list[str]) -> Counter:
+        return Counter(name, about, labels, registry=self.registry)
+
+    def _histogram(self, name: str, about: str) -> Histogram:
+        return Histogram(name, about, ["tenant"], buckets=_SECONDS, registry=self.registry)
+
+    def _tenant(self, name: str) -> str:
+        """The tenant's label; those beyond the bound are "other"."""
+        if name not in self._names and len(self._names) >= self._most_tenants:
+            return OTHER
+        self._names.add(name)
+        return name
+
+    def piece(self, tenant: str, ref: str, piece: Piece, since: float, first: bool) -> float:
+        """Note a piece that came `since` the request, or the piece before; returns now, for the next one."""
+        now = time.monotonic()
+        with self._lock:
+            label = self._tenant(tenant)
+            if piece.finish:
+                computed = piece.n_prompt - piece.n_cached
+                for kind, n in (("prompt", computed), ("cached", piece.n_cached), ("new", piece.n_new)):
+                    self._tokens.add(f"{label}\0{ref}", kind, n)
+        (self.first if first else self.between).labels(label).observe(now - since)
+        return now
+
+    def answered(self, tenant: str, started: float) -> None:
+        """A request was answered whole."""
+        with self._lock:
+            label = self._tenant(tenant)
+        self.requests.labels(label, "200").inc()
+        self.whole.labels(label).observe(time.monotonic() - started)
+
+    def refused(self, tenant: str, status: int) -> None:
+        """A request was not answered."""
+        with self._lock:
+            label = self._tenant(tenant)
+        self.requests.labels(label, str(status)).inc()
+
+    def tokens(self) -> dict[tuple[str, str, str], float]:
+        """Tokens by (tenant, variant, kind); what is not among the busiest under ("other", "other", kind)."""
+        with self._lock:
+            told = {(OTHER, OTHER, kind): n for kind, n in self._tokens.other.items()}
+            for name, kinds in self._tokens.shown.items():
+                tenant, _, ref = name.partition("\0")
+                told |= {(tenant, ref, kind): n for kind, n in kinds.items()}
+            return told
+
+    def text(self) -> bytes:
+        """The page that Prometheus reads."""
+        return generate_latest(self.registry)
+
+
+class _Live(Collector):
+    """Gauges read from the engine when they are asked for."""
+
+    def __init__(self, serving: Serving, metrics: Metrics) -> None:
+        self.serving, self.metrics = serving, metrics
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        family = CounterMetricFamily("plures_tokens", "Tokens by tenant, variant and kind.",
+                                     labels=["tenant", "variant", "kind"])  # fmt: skip
+        for labels, n in self.metrics.tokens().items():
+            family.add_metric(labels, n)
+        yield family
+        state = self.serving.state()
+        tiers = state.get("variants", {})
+        gauges = {
+            "rows": state.get("rows", 0), "waiting": state.get("waiting", 0), "kv_blocks_used": state.get("kv_used", 0),
+            "kv_blocks": state.get("kv_blocks", 0), "variants_resident": len(tiers.get("resident", ())),
+            "variants_packed": tiers.get("host", 0), "resident_bytes": tiers.get("resident_bytes", 0),
+            "tokens_per_second": state.get("tokens_s", 0), "up": int(bool(state.get("alive"))),
+        }  # fmt: skip
+        for name, value in gauges.items():
+            yield GaugeMetricFamily(f"plures_{name}", name.replace("_", " "), value)
+        for key in ("asked", "hits", "loads", "evictions"):
+            yield CounterMetricFamily(f"plures_variant_{key}", f"variants: {key}", tiers.get(key, 0))
+        yield CounterMetricFamily("plures_preempted", "requests preempted", state.get("preempted", 0))
+        queue = GaugeMetricFamily("plures_queue_depth", "requests that wait", labels=["tenant"])
+        depths = sorted(state.get("queues", {}).items(), key=lambda kv: -kv[1])
+        for tenant, n in depths[:50]:
+            queue.add_metric([tenant], n)
+        yield queue

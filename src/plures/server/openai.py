@@ -1,0 +1,358 @@
+"""OpenAI's API: models, chat completions and completions, each answered by the variant that `model` names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ValidationError
+
+from plures.core.errors import WrongUse
+from plures.engine.ask import Ask, Chosen, Piece, Sampling, Serving
+from plures.flows.desk import Desk, Target
+from plures.server.errors import Refused, shape
+from plures.server.metrics import Metrics
+from plures.server.schemas import ChatRequest, CompletionRequest
+from plures.store.access import Tenant
+
+DEFAULT_TOKENS = 512
+"""New tokens of a chat answer that says no limit; with OpenAI's "as many as fit" one caller could hold a row long."""
+_LONG_TEXT = 20_000  # characters; longer prompts are encoded beside the event loop
+Body = TypeVar("Body", bound=BaseModel)
+WhoAsks = Callable[[Request], Tenant]
+
+
+class Mailbox:
+    """Pieces from the engine's thread to one request's coroutine; those that pile up are taken in one go."""
+
+    def __init__(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        self._lock, self._pieces = threading.Lock(), list[tuple[int, Piece]]()
+
+    def deliver_to(self, choice: int) -> Callable[[Piece], None]:
+        """What the engine calls with the pieces of one choice."""
+
+        def deliver(piece: Piece) -> None:
+            with self._lock:
+                self._pieces.append((choice, piece))
+                first = len(self._pieces) == 1
+            if first:
+                self._loop.call_soon_threadsafe(self._event.set)
+
+        return deliver
+
+    async def take(self) -> list[tuple[int, Piece]]:
+        """All pieces that have come, at least one."""
+        while True:
+            await self._event.wait()
+            self._event.clear()
+            with self._lock:
+                taken, self._pieces = self._pieces, []
+            if taken:
+                return taken
+
+
+@dataclass
+class Job:
+    """One HTTP request on its way: which answers it waits for, and what its chunks have in common."""
+
+    serving: Serving
+    metrics: Metrics
+    tenant: Tenant
+    target: Target
+    chat: bool
+    n_prompts: int
+    logprobs: int | None
+    mailbox: Mailbox
+    tickets: list[int]
+    id: str
+    created: int
+    fingerprint: str
+    started: float
+    clocks: dict[int, float]
+
+    def cancel(self) -> None:
+        """End what still runs."""
+        for ticket in self.tickets:
+            self.serving.cancel(ticket)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The fields of every answer and chunk."""
+        said = {"id": self.id, "created": self.created, "model": self.target.ref}
+        return said | {"system_fingerprint": self.fingerprint}
+
+    def note(self, choice: int, piece: Piece) -> None:
+        """Tell the metrics of a piece."""
+        since = self.clocks.get(choice, self.started)
+        first = choice not in self.clocks
+        self.clocks[choice] = self.metrics.piece(self.tenant.name, self.target.ref, piece, since, first)
+
+
+def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIRouter:
+    """The routes under /v1."""
+    made, dice = APIRouter(prefix="/v1"), random.Random()
+    fingerprint = f"plures-{desk.store.base.hash[:12]}"
+
+    @made.get("/models")
+    def models(request: Request) -> dict[str, Any]:
+        """The models that this key may name."""
+        return {"object": "list", "data": desk.visible(who(request))}
+
+    @made.get("/models/{model}")
+    def model(model: str, request: Request) -> dict[str, Any]:
+        """One model."""
+        tenant = who(request)
+        target = desk.resolve(model, tenant)
+        known = {m["id"]: m for m in desk.visible(tenant)}
+        mine = {"id": model, "identity": target.identity, "version": target.ref}
+        return known.get(model) or known[target.name] | mine
+
+    def begin(request: Request, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]) -> Job:
+        tenant = who(request)
+        target = desk.resolve(asked.model, tenant, dice.random())
+        chat = isinstance(asked, ChatRequest)
+        id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        job = Job(serving, metrics, tenant, target, chat, len(prompts), asked.wanted_logprobs, Mailbox(), [], id,
+                  int(time.time()), fingerprint, time.monotonic(), {})  # fmt: skip
+        seed = dice.getrandbits(62) if asked.seed is None else asked.seed
+        try:
+            for prompt in prompts:
+                for choice in range(asked.n or 1):
+                    how = _sampling(asked, len(prompt), seed + choice, serving.context)
+                    at = len(job.tickets)
+                    ask = Ask(tenant.name, target.identity, tuple(prompt), how)
+                    job.tickets.append(serving.submit(ask, job.mailbox.deliver_to(at)))
+        except BaseException:
+            job.cancel()
+            raise
+        return job
+
+    @made.post("/chat/completions", openapi_extra=_described(ChatRequest))
+    async def chat(request: Request) -> Any:
+        """Answer a chat by the variant that `model` names."""
+        asked = await _parsed(request, ChatRequest)
+        who(request)
+        messages = [m.plain() for m in asked.messages]
+        tokens = await _encoded(serving, messages, sum(len(m["content"]) for m in messages))
+        return await _answered(request, asked, begin(request, asked, [tokens]))
+
+    @made.post("/completions", openapi_extra=_described(CompletionRequest))
+    async def complete(request: Request) -> Any:
+        """Go on from a text by the variant that `model` names."""
+        asked = await _parsed(request, CompletionRequest)
+        who(request)
+        prompts = [p if isinstance(p, list) else await _encoded(serving, p, len(p)) for p in asked.prompts()]
+        return await _answered(request, asked, begin(request, asked, prompts))
+
+    return made
+
+
+def _described(body: type[BaseModel]) -> dict[str, Any]:
+    """A request's body for the OpenAPI page; it is parsed by hand so that no JSON can do harm."""
+    schema = body.model_json_schema(ref_template="#/$defs/{model}")
+    inlined = _inline(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
+
+
+def _inline(schema: Any, defs: dict[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inline(s, defs) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(defs[schema["$ref"].rpartition("/")[2]], defs)
+    return {k: _inline(v, defs) for k, v in schema.items()}
+
+
+async def _parsed(request: Request, body: type[Body]) -> Body:
+    """The body as a model. Raises: RequestValidationError, told as 400."""
+    raw = await request.body()
+    try:
+        return body.model_validate_json(raw)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False, include_context=False)) from error
+
+
+async def _encoded(serving: Serving, prompt: Any, size: int) -> list[int]:
+    return serving.encode(prompt) if size < _LONG_TEXT else await asyncio.to_thread(serving.encode, prompt)
+
+
+def _sampling(asked: ChatRequest | CompletionRequest, n_prompt: int, seed: int, context: int) -> Sampling:
+    """How to answer, as the engine takes it.
+
+    Raises: WrongUse for a prompt that fills the context, or a limit that does not fit beside it.
+    """
+    room = context - n_prompt
+    if room < 1:
+        raise WrongUse(f"the prompt has {n_prompt} tokens; the context is {context}, prompt and answer together")
+    most = asked.most_tokens or min(DEFAULT_TOKENS, room)
+    if most > room:
+        raise WrongUse(f"max_tokens {most} does not fit: the prompt has {n_prompt} tokens and the context is {context}")
+    temperature = 1.0 if asked.temperature is None else asked.temperature
+    top_p = 1.0 if asked.top_p is None else asked.top_p
+    return Sampling(
+        most, temperature, top_p, seed, asked.stops, asked.wanted_logprobs, asked.schema_text, asked.ignore_eos
+    )
+
+
+async def _answered(request: Request, asked: ChatRequest | CompletionRequest, job: Job) -> Any:
+    """The answer, whole or as a stream; its first piece decides whether there is one."""
+    headers = {"x-plures-identity": job.target.identity or "base"}
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        first = await _take(job, gone)
+        broken = next((p for _, p in first if p.finish == "error"), None)
+        if broken is not None:
+            job.cancel()
+            raise Refused(503, broken.error)
+        if asked.stream:
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            events = _stream(job, first, usage)
+            headers["cache-control"] = "no-cache"
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return JSONResponse(await _whole(job, first, gone), headers=headers)
+    except BaseException:
+        job.cancel()
+        raise
+    finally:
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the caller has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _take(job: Job, gone: asyncio.Future[None]) -> list[tuple[int, Piece]]:
+    """The next pieces. Raises: Refused (nobody will read it) where the caller has gone."""
+    taking = asyncio.ensure_future(job.mailbox.take())
+    both: set[asyncio.Future[Any]] = {taking, gone}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    if not taking.done():
+        taking.cancel()
+        raise Refused(499, "the caller went away")
+    return taking.result()
+
+
+class _Choice:
+    """One answer as it grows."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.tokens: list[Chosen] = []
+        self.last: Piece | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text.append(piece.text)
+        self.tokens.extend(piece.tokens)
+        self.last = piece if piece.finish else self.last
+
+
+async def _whole(job: Job, first: list[tuple[int, Piece]], gone: asyncio.Future[None]) -> dict[str, Any]:
+    """The answer in one object."""
+    choices, taken = [_Choice() for _ in job.tickets], first
+    while True:
+        for at, piece in taken:
+            job.note(at, piece)
+            choices[at].add(piece)
+            if piece.finish == "error":
+                raise Refused(503, piece.error)
+        if all(c.last for c in choices):
+            break
+        taken = await _take(job, gone)
+    told = [_told(job, at, "".join(c.text), c.tokens, c.last.finish if c.last else "stop", whole=True)
+            for at, c in enumerate(choices)]  # fmt: skip
+    job.metrics.answered(job.tenant.name, job.started)
+    kind = "chat.completion" if job.chat else "text_completion"
+    return job.common | {"object": kind, "choices": told, "usage": _usage(job, [c.last for c in choices if c.last])}
+
+
+async def _stream(job: Job, first: list[tuple[int, Piece]], usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: one a piece, then the usage where it is wanted, then [DONE]."""
+    kind = "chat.completion.chunk" if job.chat else "text_completion"
+    common, taken, ended = job.common | {"object": kind}, first, list[Piece]()
+    offsets = [0] * len(job.tickets)
+    try:
+        if job.chat:
+            for at in range(len(job.tickets)):
+                delta = {"role": "assistant", "content": ""}
+                start = {"index": at, "delta": delta, "finish_reason": None, "logprobs": None}
+                yield _event(common | {"choices": [start]})
+        while True:
+            for at, piece in taken:
+                job.note(at, piece)
+                if piece.finish == "error":
+                    yield _event(shape(piece.error, "service_unavailable_error"))
+                    return
+                if piece.text or piece.tokens or piece.finish:
+                    choice = _told(job, at, piece.text, piece.tokens, piece.finish, whole=False, offset=offsets[at])
+                    offsets[at] += len(piece.text)
+                    yield _event(common | {"choices": [choice]})
+                if piece.finish:
+                    ended.append(piece)
+            if len(ended) == len(job.tickets):
+                break
+            taken = await job.mailbox.take()
+        if usage:
+            yield _event(common | {"choices": [], "usage": _usage(job, ended)})
+        job.metrics.answered(job.tenant.name, job.started)
+        yield "data: [DONE]\n\n"
+    finally:
+        job.cancel()  # what has ended is not touched by it; a caller that went away frees its rows
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _told(
+    job: Job, at: int, text: str, tokens: Sequence[Chosen], finish: str, *, whole: bool, offset: int = 0
+) -> dict[str, Any]:
+    """One choice, or one chunk of it."""
+    said: dict[str, Any] = {"index": at, "finish_reason": finish or None}
+    if not job.chat:
+        return said | {"text": text, "logprobs": _old_logprobs(tokens, offset) if job.logprobs is not None else None}
+    logprobs = {"content": [_logprob(t) for t in tokens], "refusal": None} if job.logprobs is not None else None
+    if whole:
+        return said | {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs}
+    return said | {"delta": {"content": text} if text else {}, "logprobs": logprobs}
+
+
+def _logprob(token: Chosen) -> dict[str, Any]:
+    def one(text: str, p: float) -> dict[str, Any]:
+        return {"token": text, "logprob": p, "bytes": list(text.encode("utf-8", "replace"))}
+
+    return one(token.text, token.logprob) | {"top_logprobs": [one(text, p) for _, text, p in token.top]}
+
+
+def _old_logprobs(tokens: Sequence[Chosen], offset: int) -> dict[str, Any]:
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [t.text for t in tokens], "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [{text: p for _, text, p in t.top} for t in tokens], "text_offset": offsets,
+    }  # fmt: skip
+
+
+def _usage(job: Job, ended: Sequence[Piece]) -> dict[str, Any]:
+    """Tokens: each prompt counted once, however many answers it has."""
+    each = max(1, len(job.tickets) // job.n_prompts)
+    prompt = sum(p.n_prompt for p in ended) // each
+    new = sum(p.n_new for p in ended)
+    cached = sum(p.n_cached for p in ended) // each
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip

@@ -1,0 +1,26 @@
+"""Loading a variant by what it is, whatever names point at it."""
+
+from __future__ import annotations
+
+from plures.core.errors import WrongUse
+from plures.store import load
+from plures.store.blobs import Blobs
+from plures.store.index import Index
+from plures.store.names import Ref
+from plures.tensors.variant import Variant
+
+
+def load_identity(index: Index, blobs: Blobs, identity: str) -> Variant:
+    """The variant of an identity, every tensor proven.
+
+    Raises: WrongUse where no version of the fleet has it; BadInput where a blob or the index is damaged.
+    """
+    with index.read() as db:
+        row = db.execute(
+            "SELECT n.name, v.number FROM variant x JOIN version v ON v.variant = x.id JOIN name n ON n.id = v.name "
+            "WHERE x.identity = ? LIMIT 1",
+            (bytes.fromhex(identity),),
+        ).fetchone()
+    if row is None:
+        raise WrongUse(f"no version of this fleet is the variant {identity[:12]}")
+    return load.load(index, blobs, Ref(row[0], number=row[1]), check=True)
