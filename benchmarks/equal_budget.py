@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", default="", help="contenders whose name begins with one of these (whole words), comma-separated")
+    parser.add_argument("--only", default="", help="contenders whose names begin with these (whole words)")
     parser.add_argument("--tenants", default=",".join(TENANTS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--base", default="demo", help="folder of another base than the demo's")

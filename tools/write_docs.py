@@ -163,15 +163,17 @@ def machine(said: dict[str, Any]) -> str:
 
 
 def train_step(said: dict[str, Any], brief: bool) -> str:
-    """Cost of a step against PEFT's LoRA of the same rank; in brief without our own LoRA."""
+    """Cost of a step against PEFT's LoRA of the same rank; in brief one sentence."""
+    if brief:
+        ratios = [found["plures-mos"]["median_of_ratios"] for found in said["shapes"].values()]
+        return f"A MoS step takes {min(ratios):.2f} to {max(ratios):.2f} of the CPU time of PEFT's LoRA of its rank."
     rows = []
     for shape, found in said["shapes"].items():
         told = len({r.get("peak_mb") for r in found.values()}) > 1  # one number for all is not theirs
         for name, r in found.items():
-            if not brief or name in ("peft-lora", "plures-mos"):
-                memory = f"{r['peak_mb']:.0f}" if told and "peak_mb" in r else "not measured"
-                cpu = (f"{r['median_cpu_s']:.3f}", f"{r['median_of_ratios']:.3f}")
-                rows.append((shape, name, f"{r['trained']:,}", *cpu, memory))
+            memory = f"{r['peak_mb']:.0f}" if told and "peak_mb" in r else "not measured"
+            cpu = (f"{r['median_cpu_s']:.3f}", f"{r['median_of_ratios']:.3f}")
+            rows.append((shape, name, f"{r['trained']:,}", *cpu, memory))
     return (
         f"One step of {said['rows']} x {said['tokens']} tokens on one CPU thread, every linear map adapted at rank "
         f"{said['rank']} (plures-mos-p1: 12). The ratio to PEFT's LoRA is the median over interleaved steps.\n\n"
@@ -247,6 +249,9 @@ def store_bytes(said: dict[str, Any], brief: bool) -> str:
     """Bytes of a fleet on disk."""
     rows = [(shape, name, f"{r['bytes']:,}", f"{r['lora_over_this']:.2f}")
             for shape, found in said["shapes"].items() for name, r in found.items()]  # fmt: skip
+    if brief:
+        least = min(found["mos-seed-each"]["lora_over_this"] for found in said["shapes"].values())
+        return f"{said['variants']} MoS variants (rank 16, e = 2) take 1/{least:.1f} of as many LoRAs' bytes, or less."
     return (
         f"A fleet of {said['variants']} variants, blobs and database: LoRA of rank 16, and MoS of rank 16 at e = 2, "
         "with one seed for all (their index tables are equal, and stored once) or one for each.\n\n"
@@ -262,6 +267,14 @@ def serve_decode(said: dict[str, Any], brief: bool) -> str:
     }  # fmt: skip
     rows = [(names[n], f"{r['tokens_per_cpu_s']:.0f}", f"{r['of_base']:.2f}")
             for n, r in said["sides"].items() if n in names]  # fmt: skip
+    if brief:
+        r = said["ratios"]
+        return (
+            f"{said['rows']} rows, each its own variant, tokens per CPU second: LoRA {r['lora over peft-mixed']:.1f} "
+            f"times and MoS {r['mos over peft-mixed']:.1f} times PEFT's mixed batch ({r['lora of base']:.2f} and "
+            f"{r['mos of base']:.2f} of our base's rate); the base {r['base over transformers']:.1f} times "
+            "transformers' generate."
+        )
     return (
         f"Decoding {said['rows']} rows, each its own variant (LoRA of rank 16; MoS of rank 16 at e = 2), on a Llama "
         f"of width {said['shape']['hidden_size']} and {said['shape']['num_hidden_layers']} layers with random weights: "
@@ -291,13 +304,31 @@ def serve_capacity(said: dict[str, Any], brief: bool) -> str:
     return "The same model and variants.\n\n" + table("what | measured", rows)
 
 
+def serve_fair(said: dict[str, Any], brief: bool) -> str:
+    """What light tenants notice of a heavy one."""
+    r, how = said["ratios"], said["settings"]
+    rows = [(n, f"{1e3 * said[n]['light_p95_s']:.0f}", f"{said[n]['tokens_per_s']:.0f}")
+            for n in ("alone", "vtc", "fcfs")]  # fmt: skip
+    text = (
+        f"{how['light']} tenants offer {how['rate']:g} requests a second each in bursts (Gamma, cv 2), one more offers "
+        f"ten times that; seconds are CPU time of the engine's own steps. Under VTC the light tenants wait "
+        f"{r['vtc over alone']:.1f} times as long as alone, first come first served {r['fcfs over vtc']:.1f} times as "
+        f"long as under VTC; VTC keeps {r['throughput of fcfs']:.2f} of the throughput."
+    )
+    if brief:
+        return text
+    return text + "\n\n" + table("policy | light tenants' P95 to the first token, ms: | tokens per s:", rows)
+
+
 BENCHMARKS = (
     ("equal_budget", "Quality at equal trained numbers", "benchmarks/equal_budget.py", equal_budget),
     ("deeper_base", "The same on a deeper base", "benchmarks/equal_budget.py", deeper_base),
+    ("deeper_base_10m", "The deeper base, trained longer", "benchmarks/equal_budget.py", deeper_base),
     ("train_step", "Cost of a training step", "benchmarks/train_step.py", train_step),
     ("store_bytes", "Bytes of a fleet on disk", "benchmarks/store_bytes.py", store_bytes),
     ("serve_decode", "Serving: 32 variants in one batch", "benchmarks/serve_decode.py", serve_decode),
     ("serve_capacity", "Serving: what many variants cost", "benchmarks/serve_capacity.py", serve_capacity),
+    ("serve_fair", "Serving: fairness between tenants", "benchmarks/serve_fair.py", serve_fair),
     ("peft_suite", "PEFT's tests", "tools/peft_suite.py", peft_suite),
 )
 

@@ -386,6 +386,25 @@ def test_stop_texts_end_an_answer_and_are_not_in_it(engine: Callable[..., Engine
     assert cut.last.finish == "stop"
 
 
+def test_the_last_rows_are_kept_for_tenants_that_run_few(engine: Callable[..., Engine]) -> None:
+    served = engine(rows=8, spare_rows=2)
+    heavy = [ask(served, "The", tenant="heavy", max_tokens=40, ignore_end=True) for _ in range(12)]
+    served.step()
+    assert served.state()["rows"] == 8  # alone, a tenant may have all
+    finish(served, *heavy)
+    late = ask(served, "The", tenant="light", max_tokens=1)
+    finish(served, late)
+    heavy = [ask(served, "The", tenant="heavy", max_tokens=40, ignore_end=True) for _ in range(12)]
+    served.step()
+    assert served.state()["rows"] == 6
+    light = [ask(served, "The", tenant="light", max_tokens=4, ignore_end=True) for _ in range(2)]
+    served.step()
+    assert all(a.pieces for a in light)
+    finish(served, *heavy, *light)
+    with pytest.raises(WrongUse, match="spare_rows"):
+        Settings(rows=4, spare_rows=4)
+
+
 def test_an_answer_fits_its_json_schema(engine: Callable[..., Engine]) -> None:
     import json
 

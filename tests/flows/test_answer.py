@@ -160,6 +160,20 @@ def test_a_malformed_line_is_told_by_file_and_line(line: str, said: str, tmp_pat
         read_requests(tmp_path / "in.jsonl")
 
 
+def test_the_command_answers_a_file(own_fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from plures.cli.app import main
+
+    requests, out = write_rows(tmp_path / "in.jsonl", some(8)), tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "--requests", str(requests), "--out", str(out), "--fleet", str(own_fleet), "--json"])
+    assert done.value.code == 0
+    assert json.loads(capsys.readouterr().out) == {"total": 8, "before": 0, "now": 8, "failed": 0}
+    assert len(answers(out)) == 8
+    with pytest.raises(SystemExit) as wrong:
+        main(["generate", "mos", "--requests", str(requests), "--out", str(out), "--fleet", str(own_fleet)])
+    assert wrong.value.code == 2
+
+
 def test_order_keeps_variants_and_prefixes_together_and_long_answers_first() -> None:
     def pair(at: int, variant: str, tokens: tuple[int, ...], new: int) -> tuple[Request, Ask]:
         return Request(at, str(at), variant, "", Sampling()), Ask("t", variant, tokens, Sampling(new))

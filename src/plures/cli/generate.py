@@ -1,4 +1,4 @@
-"""`plures generate`: ask a variant, or several at once."""
+"""`plures generate`: ask a variant, or several at once, or answer a file of requests."""
 
 from __future__ import annotations
 
@@ -10,33 +10,60 @@ from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
 
 
 def command(
-    ref: Annotated[list[str], typer.Argument(help="Variants to ask: name, name@3, name@alias, or 'base'.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from; - reads standard input.")],
+    ref: Annotated[list[str] | None, typer.Argument(help="Variants: name, name@3, name@alias, or 'base'.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from; - reads standard input.")] = "",
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    requests: Annotated[str, typer.Option(help="A .jsonl file of requests, each naming its model.")] = "",
+    out: Annotated[str, typer.Option(help="Where their answers go; a run that was cut short goes on.")] = "",
     fleet: FleetOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Let one or more variants answer a prompt, all in one batch."""
+    """Let one or more variants answer a prompt in one batch, or answer a file of requests."""
     import sys
 
+    from plures.core.errors import WrongUse
+
+    if bool(requests) != bool(out) or bool(requests) == bool(ref) or (requests and prompt) or (ref and not prompt):
+        raise WrongUse("give variants and --prompt, or --requests and --out")
+    if requests:
+        _answer_file(fleet_path(fleet), requests, out, json)
+        return
     from plures.flows.fleet import Fleet
 
+    refs = ref or []
     text = sys.stdin.read() if prompt == "-" else prompt
     with Fleet(fleet_path(fleet)) as opened:
-        asked: list[tuple[str | None, str]] = [(None if r == "base" else r, text) for r in ref]
+        asked: list[tuple[str | None, str]] = [(None if r == "base" else r, text) for r in refs]
         answers = opened.generate(asked, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if json:
         say_json(
             [
                 {"ref": r, "text": a.text, "finish": a.finish, "tokens": len(a.ids)}
-                for r, a in zip(ref, answers, strict=True)
+                for r, a in zip(refs, answers, strict=True)
             ]
         )
         return
-    for r, answer in zip(ref, answers, strict=True):
-        if len(ref) > 1:
+    for r, answer in zip(refs, answers, strict=True):
+        if len(refs) > 1:
             typer.echo(f"--- {r}")
         typer.echo(answer.text)
+
+
+def _answer_file(fleet: object, requests: str, out: str, json: bool) -> None:
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from plures.flows.answer import answer_fleet
+
+    def told(done: int, total: int) -> None:
+        if done % 50 == 0 or done == total:
+            typer.echo(f"{done} of {total}", err=True)
+
+    done = answer_fleet(Path(str(fleet)), Path(requests), Path(out), told=told)
+    if json:
+        say_json(asdict(done))
+    else:
+        typer.echo(f"{done.now} answered now, {done.before} before, {done.failed} of {done.total} with an error: {out}")

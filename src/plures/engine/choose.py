@@ -136,7 +136,9 @@ class Grammars:
             raise missing("llguidance", "schema", "an answer that fits a JSON schema") from error
         if self._of is None:
             self._of = llguidance.hf.from_tokenizer(self._tokenizer)
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+        # compact JSON: with free whitespace a weak model may write blanks until its tokens are spent
+        compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
         matcher = llguidance.LLMatcher(self._of, grammar)
         if problem := matcher.get_error():
             raise WrongUse(f"the JSON schema cannot be followed: {problem.splitlines()[0][:300]}")

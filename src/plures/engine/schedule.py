@@ -197,12 +197,18 @@ class Queue:
         self._leave(line, line.entries[ticket])
         return True
 
-    def pick(self, resident: Callable[[str], bool], fits: Callable[[Waiting], bool], now_s: float) -> Waiting | None:
-        """Take out the request to start now and count it as running; None where nothing may start."""
+    def pick(
+        self, resident: Callable[[str], bool], fits: Callable[[Waiting], bool], now_s: float,
+        may: Callable[[str], bool] = lambda _: True,
+    ) -> Waiting | None:  # fmt: skip
+        """Take out the request to start now and count it as running; None where nothing may start.
+
+        Tenants that `may` not are passed over like those at their concurrency; "fcfs" does not ask.
+        """
         if self.policy == "fcfs":
             first = min((n for n in self._active.values() if n.open()), key=lambda n: n.head().order, default=None)
             return self._start(first, first.head()) if first is not None and fits(first.head().w) else None
-        opened = {name: line for name, line in self._active.items() if line.open()}
+        opened = {name: line for name, line in self._active.items() if line.open() and may(name)}
         least = min((line.counter for line in opened.values()), default=0.0)
         heap = [(*self._turn(line, least), name) for name, line in opened.items()]
         heapq.heapify(heap)
@@ -308,7 +314,7 @@ class Queue:
         return max(0.0, ahead) / max(self.quantum_tokens, 1.0)
 
     def depths(self) -> dict[str, int]:
-        """Requests that wait, by tenant; those with none are left out."""
+        """Requests that wait, by tenant."""
         return {tenant: len(line.entries) for tenant, line in self._active.items()}
 
     def counters(self) -> dict[str, float]:

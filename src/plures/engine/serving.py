@@ -31,6 +31,8 @@ from plures.engine.tiers import Tiers
 from plures.engine.wrapped import Wrapped
 from plures.tensors.variant import Variant
 
+_ASKS_S = 30.0  # a tenant that asked so long ago asks no longer
+
 
 class Engine:
     """Answers requests from a base and any number of its variants; see `Serving` for what doors call.
@@ -69,6 +71,7 @@ class Engine:
         self._waiting: dict[int, Row] = {}
         self._running: dict[int, Row] = {}
         self._cancelled: set[int] = set()
+        self._asked_s: dict[str, float] = {}  # when each tenant of late last asked
         self._pins: deque[frozenset[str]] = deque()
         self._next = self._stirred = 0
         self._owed = 0
@@ -112,6 +115,7 @@ class Engine:
             now = time.monotonic()
             waiting = Waiting(self._next, ask.tenant, ask.variant, n, ask.how.max_tokens, now)
             self.queue.put(waiting, now)
+            self._asked_s[ask.tenant] = now
             self._owed += tokens
             self._waiting[self._next] = Row(ask, deliver, waiting, list(ask.tokens), words, Chooser(ask.how, grammar))
             self._stir()
@@ -195,7 +199,7 @@ class Engine:
         """Do one step; False where there was nothing to do."""
         began = time.monotonic()
         self._settle(began)
-        rows = list(self._running.values())
+        rows = self._ordered()
         if not rows:
             return False
         flat, decoding, ending = flatten(rows, self.settings.prefill_tokens, self.cache, self._grow)
@@ -207,9 +211,20 @@ class Engine:
         self._clock(len(flat.tokens), time.monotonic() - began)
         return True
 
+    def _ordered(self) -> list[Row]:
+        """The rows in the order in which their prompts are computed: of tenants that had least first."""
+        rows = list(self._running.values())
+        if self.settings.policy == "vtc" and len({row.ask.tenant for row in rows}) > 1:
+            with self._lock:
+                had = self.queue.counters()
+            rows.sort(key=lambda row: had.get(row.ask.tenant, 0.0))
+        return rows
+
     def _settle(self, now_s: float) -> None:
         """Between two steps: pins, cancellations, preemption, and requests that begin."""
         with self._lock:
+            for tenant in [t for t, last in self._asked_s.items() if now_s - last > _ASKS_S]:
+                del self._asked_s[tenant]
             pins = [self._pins.popleft() for _ in range(len(self._pins))]
             gone = [self._drop(t) for t in self._cancelled]
             self._cancelled.clear()
@@ -230,7 +245,7 @@ class Engine:
                 if victim is not None:
                     self._suspend(self._running[victim.ticket])
             while len(self._running) < self.settings.rows:
-                w = self.queue.pick(self._resident, self._fits, now_s)
+                w = self.queue.pick(self._resident, self._fits, now_s, self._may)
                 if w is None:
                     break
                 self._begin(self._waiting.pop(w.ticket))
@@ -258,6 +273,13 @@ class Engine:
         if w.variant == BASE:
             return True
         return self.tiers.ready(w.variant) and self.tiers.can_enter(w.variant)
+
+    def _may(self, tenant: str) -> bool:
+        """Whether a tenant may have another row: the last ones are kept for those that run few."""
+        spare = self.settings.spare
+        if len(self._running) < self.settings.rows - spare or len(self._asked_s) < 2:
+            return True
+        return sum(row.ask.tenant == tenant for row in self._running.values()) < spare
 
     def _begin(self, row: Row) -> None:
         """Give a request its slot, and what the cache already has of it."""

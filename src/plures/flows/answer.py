@@ -20,8 +20,15 @@ from typing import IO, Any
 from pydantic import TypeAdapter, ValidationError
 
 from plures.core.errors import BadInput, PluresError, StoreBusy, WrongUse, disk, nearest
-from plures.engine.ask import BASE, Ask, Overloaded, Piece, Prompt, Sampling, Serving
+from plures.engine.admit import Admission
+from plures.engine.ask import BASE, Ask, Overloaded, Piece, Prompt, Sampling, Serving, Unavailable
+from plures.engine.limits import Settings
+from plures.engine.model import load_base
+from plures.engine.packed import FOLDER
+from plures.engine.serving import Engine
+from plures.store import Store
 from plures.tensors import safe
+from plures.tensors.variant import Variant
 
 _SAMPLING = TypeAdapter(Sampling)
 _HOW = tuple(f.name for f in fields(Sampling))
@@ -133,6 +140,36 @@ def answer(serving: Serving, requests: Path, out: Path, resolve: Resolve, *, win
         safe.write_bytes(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done).encode())
     part.path.unlink()
     return Answered(len(wanted), before, len(wanted) - before, sum("error" in row for row in done))
+
+
+def answer_fleet(
+    fleet: Path, requests: Path, out: Path, settings: Settings = Settings(),
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> Answered:  # fmt: skip
+    """`answer` with an engine of its own over a fleet; a malformed file is told before the base is loaded."""
+    read_requests(requests)
+    with Store.open(fleet) as store:
+
+        def resolve(ref: str) -> tuple[str, str]:
+            if ref == "base":
+                return ref, BASE
+            version = store.resolve(ref)
+            return version.ref, version.identity
+
+        def fetch(identity: str) -> Variant:
+            try:
+                return store.load_identity(identity)
+            except BadInput as error:
+                raise Unavailable(str(error)) from error
+
+        # the order of the file's tree is the order wanted: nobody else waits
+        patient = Admission(max_waiting=1 << 20, max_waiting_tokens=1 << 40, horizon=1e9, horizon_s=1e9)
+        engine = Engine(load_base(store.base), fetch, settings, admission=patient, folder=fleet / FOLDER)
+        engine.start()
+        try:
+            return answer(engine, requests, out, resolve, told=told)
+        finally:
+            engine.stop(0)
 
 
 class _Part:

@@ -6,21 +6,24 @@ transaction in the fleet and one line in the log, and what was resolved before i
 
 from __future__ import annotations
 
+import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plures.core.errors import BadInput, WrongUse, nearest
+from plures.core.errors import BadInput, PluresError, WrongUse, nearest
 from plures.engine.ask import BASE, Unavailable
 from plures.flows.fleet import Fleet
 from plures.store import Store, Version
 from plures.store.access import Access, Canary, Tenant
-from plures.store.names import parse, shown
+from plures.store.names import check_alias, check_name, parse, shown
 from plures.tensors.variant import Variant
 
 THE_BASE = "base"
+_STRANGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error)
 
 
 class NotFound(WrongUse):
@@ -78,16 +81,19 @@ class Desk:
         `roll` in [0, 1) decides whether a canary answers instead of what the reference points at.
         Raises: NotFound where there is no such thing, or this tenant may not see it.
         """
-        if model == THE_BASE and tenant.base:
-            return Target(THE_BASE, BASE, THE_BASE)
         try:
+            if model == THE_BASE:  # it never means a variant of this name, whoever asks
+                if not tenant.base:
+                    raise WrongUse("not for this tenant")
+                return Target(THE_BASE, BASE, THE_BASE)
             ref = parse(model)
             if not tenant.sees(ref.name):
                 raise WrongUse("not for this tenant")
             found = self._version(model)
             canary = self._canaries.get((ref.name, ref.alias or "")) if ref.number is None else None
             if canary is not None and roll < canary.share:
-                found = self._version(f"{ref.name}@{canary.version}")
+                with suppress(WrongUse):  # removed by another process: what the reference points at answers
+                    found = self._version(f"{ref.name}@{canary.version}")
         except WrongUse:
             seen = [n for n in self.store.names() if tenant.sees(n)] + [THE_BASE] * tenant.base
             raise NotFound(f"no model {shown(model)} here.{nearest(str(model)[:200], seen)}") from None
@@ -95,11 +101,7 @@ class Desk:
 
     def visible(self, tenant: Tenant) -> list[dict[str, Any]]:
         """The models that a tenant may name, as OpenAI lists them: names, then `name@alias`, then the base."""
-        made = []
-        for v in self.store.versions():
-            if not tenant.sees(v.name):
-                continue
-            made.append(_model(v.name, v))
+        made = [_model(v.name, v) for v in self.store.versions() if tenant.sees(v.name) and v.name != THE_BASE]
         for v in self.store.versions(None, all=True):
             if tenant.sees(v.name):
                 made.extend(_model(f"{v.name}@{a}", v) for a in v.aliases)
@@ -144,28 +146,37 @@ class Desk:
 
         Raises: WrongUse where it was never moved here, or what it pointed at has been removed.
         """
+        check_name(name)
         with self._turn:
-            trail = self._trail(name, alias)
+            before = self._alias_of(name, check_alias(alias))
+            trail = self._trail(name, alias, before)
             if len(trail) < 2:
                 raise WrongUse(f"{name}@{alias} has nothing to go back to: it was not moved by this administration")
-            before = self._alias_of(name, alias)
             found = self.store.alias(f"{name}@{trail[-2]}", alias)
             return self._moved("roll back", found, alias, before, by)
 
-    def _trail(self, name: str, alias: str) -> list[int]:
-        """The versions an alias has pointed at, those undone by a roll-back left out."""
+    def _trail(self, name: str, alias: str, now: int | None) -> list[int]:
+        """The versions an alias has pointed at, those undone by a roll-back left out, until `now`.
+
+        A move made elsewhere (`plures alias`) has no line in the log; it shows by where the alias then was.
+        """
         trail: list[int] = []
+
+        def at(version: int | None) -> None:
+            if version is not None and trail[-1:] != [version]:
+                trail.append(version)
+
         lines = self.access.log(1 << 31, action="point") + self.access.log(1 << 31, action="roll back")
         for line in sorted(lines, key=lambda entry: int(entry["id"])):
             said = line["detail"]
             if (said["name"], said["alias"]) != (name, alias):
                 continue
-            if line["action"] == "roll back":
+            at(said["before"])
+            if line["action"] == "point":
+                at(said["version"])
+            else:
                 trail.pop()
-                continue
-            if not trail and said["before"] is not None:
-                trail.append(said["before"])
-            trail.append(said["version"])
+        at(now)
         return trail
 
     def _alias_of(self, name: str, alias: str) -> int | None:
@@ -200,18 +211,35 @@ class Desk:
         self.access.unpin(ref, by)
 
     def remove(self, ref: str, by: str, force: bool = False) -> list[str]:
-        """Remove one version; requests in flight are answered still. Raises: WrongUse where an alias holds it."""
+        """Remove one version, and the canaries that led to it; requests in flight are answered still.
+
+        Raises: WrongUse where an alias holds it, and no `force` is given.
+        """
         number = parse(ref).number
         if number is None:
             raise WrongUse(f"{shown(ref)} says no version; name it as {shown(ref.partition('@')[0] + '@3')}")
         gone = self.store.remove(ref, force=force)
         self.access.note("remove", by, versions=gone, force=force)
+        for canary in self.access.canaries():
+            if f"{canary.name}@{canary.version}" in gone:
+                with suppress(WrongUse):  # ended by another in this moment
+                    self.access.end_canary(canary.name, canary.alias, by)
         return gone
 
     def upload(self, folder: Path, name: str, by: str) -> dict[str, Any]:
-        """Import an adapter folder as the next version of `name`."""
-        with Fleet(self.fleet) as fleet:
-            made = fleet.bring_in(folder, name).version
+        """Import an adapter folder, which may hold anything, as the next version of `name`.
+
+        Raises: BadInput for a folder that is no adapter of this fleet's base; WrongUse for a name that cannot be.
+        """
+        check_name(name)
+        try:
+            with Fleet(self.fleet) as fleet:
+                made = fleet.bring_in(folder, name).version
+        except PluresError:
+            raise
+        except _STRANGE as error:  # values of a kind that the reader of folders does not ask about
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            raise BadInput(f"the adapter holds a value that none can have ({shown(what)}); export it anew") from error
         self.access.note("upload", by, version=made.ref, identity=made.identity)
         return {"ref": made.ref, "identity": made.identity, "method": made.method, "bytes": made.n_bytes}
 

@@ -3,22 +3,27 @@
 Every route needs an admin key. What an upload may hold is fixed: three file names, no folders, safetensors only.
 """
 
+import asyncio
 import io
+import struct
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 import plures
-from plures.core.errors import BadInput
+from plures.core.errors import BadInput, disk
 from plures.engine.ask import Serving
-from plures.flows.desk import Desk, NotFound
-from plures.server.app import Edge, Keys
+from plures.flows.desk import Desk
+from plures.server.app import MAX_BODY_BYTES, Edge, Keys
 from plures.server.errors import Refused, install
 from plures.store.access import Key, Tenant
+from plures.store.names import check_name, shown
 
 MAX_UPLOAD_BYTES = 2 << 30
 FILES = {"adapter_config.json": 1 << 20, "plures.json": 64 << 20, "README.md": 1 << 20}
@@ -83,7 +88,14 @@ def make_admin(desk: Desk, serving: Serving, *, max_upload_bytes: int = MAX_UPLO
     by = Annotated[str, Depends(admin)]
     app.include_router(_variants(desk, by, max_upload_bytes))
     app.include_router(_people(desk, serving, by))
-    return Edge(app, max_upload_bytes, lambda *_: None)
+    upload, other = (Edge(app, most, lambda *_: None) for most in (max_upload_bytes, MAX_BODY_BYTES))
+
+    async def edge(scope: Scope, receive: Receive, send: Send) -> None:
+        """Bodies of JSON are read whole, before the key is looked at: only an upload, which is not, may be large."""
+        uploads = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/versions")
+        await (upload if uploads else other)(scope, receive, send)
+
+    return edge
 
 
 def _variants(desk: Desk, by: Any, max_upload_bytes: int) -> APIRouter:
@@ -104,13 +116,13 @@ def _variants(desk: Desk, by: Any, max_upload_bytes: int) -> APIRouter:
     })  # fmt: skip
     async def upload(name: str, request: Request, who: by) -> dict[str, Any]:
         """Import a zip of adapter_config.json and adapter_model.safetensors (and plures.json) as the next version."""
-        import asyncio
-
+        check_name(name)  # before the body comes
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "upload.zip"
             with path.open("wb") as f:
                 async for part in request.stream():
-                    f.write(part)
+                    with disk(path):
+                        f.write(part)
             folder = Path(scratch) / "adapter"
             await asyncio.to_thread(unzip, path, folder, max_upload_bytes)
             return await asyncio.to_thread(desk.upload, folder, name, who)
@@ -183,7 +195,7 @@ def _people(desk: Desk, serving: Serving, by: Any) -> APIRouter:
     def remove_tenant(name: str, who: by, force: bool = False) -> None:
         """Remove a tenant; with force, its live keys are revoked."""
         if name not in {t.name for t in access.tenants()}:
-            raise NotFound(f"no tenant {name[:128]!r}")
+            raise Refused(404, f"no tenant {shown(name)}", "tenant_not_found")
         access.remove_tenant(name, who, force)
 
     @made.get("/keys")
@@ -231,9 +243,12 @@ def unzip(path: Path, folder: Path, most_bytes: int) -> None:
                                f"got {str(strange or names)[:200]}")  # fmt: skip
             if WEIGHTS not in names or "adapter_config.json" not in names:
                 raise BadInput(f"an upload needs adapter_config.json and {WEIGHTS}, got {str(names)[:200]}")
+            if any(e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries):
+                raise BadInput("an upload is stored or deflated; the other ways of packing take memory as they say")
             for entry in entries:
                 _take(archive, entry, folder / entry.filename, FILES.get(entry.filename, most_bytes))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, OSError,
+            ValueError, OverflowError) as error:  # what zipfile raises, by what is damaged
         raise BadInput(f"the upload is not a zip file that can be read: {error}") from error
 
 
@@ -247,7 +262,8 @@ def _take(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most: 
             left -= len(block)
             if left < 0:
                 raise BadInput(f"{entry.filename!r} unpacks to more than {most} bytes")
-            out.write(block)
+            with disk(target):
+                out.write(block)
 
 
 def _bare(alias: str) -> str:

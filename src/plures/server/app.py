@@ -38,38 +38,29 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen, begun = 0, False
+        seen, said = 0, f"the request is larger than {self.most} bytes"
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.most:
-                raise _TooLarge
+                raise Refused(413, said, "too_large", headers={"connection": "close"})
             return message
 
         async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
                 message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
                 if message["status"] >= 400 and scope["path"].startswith("/v1/"):
                     self.refused(scope.get("plures.tenant", "unknown"), message["status"])
             await send(message)
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            if not declared.isdigit() or int(declared) > self.most:
-                raise _TooLarge
-            await self.app(scope, counted, noted)
-        except _TooLarge:
-            if not begun:
-                said = shape(f"the request is larger than {self.most} bytes", "invalid_request_error", "too_large")
-                await JSONResponse(said, 413, {"connection": "close"})(scope, receive, noted)
-
-
-class _TooLarge(Exception):
-    pass
+        if not declared.isdigit() or len(declared) > 18 or int(declared) > self.most:
+            body = shape(said, "invalid_request_error", "too_large")
+            await JSONResponse(body, 413, {"connection": "close"})(scope, receive, noted)
+            return
+        await self.app(scope, counted, noted)
 
 
 class Keys:

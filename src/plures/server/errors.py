@@ -10,12 +10,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from plures.core.errors import BadInput, DiskTrouble, PluresError, StoreBusy, Unreachable, WrongUse
+from plures.core.errors import BadInput, DiskTrouble, MissingExtra, PluresError, StoreBusy, Unreachable, WrongUse
 from plures.engine.ask import Overloaded, Unavailable
 from plures.flows.desk import NotFound
 
 _STATUS: tuple[tuple[type[PluresError], int, str], ...] = (
     (Overloaded, 429, "rate_limit_error"),
+    (MissingExtra, 501, "server_error"),
     (Unavailable, 503, "service_unavailable_error"),
     (NotFound, 404, "not_found_error"),
     (WrongUse, 400, "invalid_request_error"),
@@ -25,14 +26,17 @@ _STATUS: tuple[tuple[type[PluresError], int, str], ...] = (
     (BadInput, 422, "invalid_request_error"),
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error",
-          413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+          413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}  # fmt: skip
 
 
 class Refused(HTTPException):
     """A refusal with an OpenAI code, such as "invalid_api_key"."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(status, message, headers)
         self.code, self.param = code, param
 
 
@@ -68,7 +72,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda e: len(e["loc"]))  # of the forms a value may have, the nearest one
         where = ".".join(str(part) for part in first["loc"] if part != "body") or None
         message = f"{where}: {first['msg']}" if where else str(first["msg"])
         return JSONResponse(shape(_plain(message), "invalid_request_error", None, where and _plain(where)), 400)

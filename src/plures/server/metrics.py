@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections.abc import Iterator
@@ -18,42 +19,44 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class Busiest:
-    """Exact counts of the busiest `most` names; the rest are in "other", so that the sum is always the whole.
+    """Counts of the busiest `most` names; the rest are in "other", so that the sum is always the whole.
 
-    A name comes out of "other" with what it has had since it was last put there, when that passes the least of those
-    that are shown; the least then goes into "other" with all it had.
+    No count falls while it is shown, which Prometheus would read as a restart: a name counts for itself from when it
+    comes to be shown, and what it had before stays in "other"; the name that makes room leaves there what it was shown
+    with. It makes room for one that has had 1.25 times as much, so that two equals do not take turns.
     """
 
     def __init__(self, most: int, remembered: int = 100_000) -> None:
         self.most, self.remembered = most, remembered
         self.shown: dict[str, dict[str, float]] = {}
         self.other: dict[str, float] = {}
-        self._hidden: dict[str, dict[str, float]] = {}
+        self._had: dict[str, float] = {}  # of those shown and of `remembered` others
 
     def add(self, name: str, kind: str, n: float) -> None:
         """Count `n` of a kind for a name."""
-        if name in self.shown:
-            mine = self.shown[name]
-        elif len(self.shown) < self.most:
-            mine = self.shown[name] = {}
-        else:
-            mine = self._hidden.setdefault(name, {})
-            self.other[kind] = self.other.get(kind, 0) + n
-        mine[kind] = mine.get(kind, 0) + n
-        if name in self._hidden:
-            self._perhaps_show(name)
-            if len(self._hidden) > self.remembered:  # a name seldom asked is forgotten, not what it had
-                self._hidden.pop(min(self._hidden, key=lambda k: sum(self._hidden[k].values())))
+        self._had[name] = self._had.get(name, 0) + n
+        if name not in self.shown and self._makes_room(name):
+            self.shown[name] = {}
+        into = self.shown.get(name, self.other)
+        into[kind] = into.get(kind, 0) + n
+        if len(self._had) > self.remembered + self.most:
+            self._forget()
 
-    def _perhaps_show(self, name: str) -> None:
-        least = min(self.shown, key=lambda k: sum(self.shown[k].values()))
-        if sum(self._hidden[name].values()) <= sum(self.shown[least].values()):
-            return
-        out, into = self.shown.pop(least), self._hidden.pop(name)
-        self._hidden[least] = dict(out)
-        for kind in out.keys() | into.keys():
-            self.other[kind] = self.other.get(kind, 0) + out.get(kind, 0) - into.get(kind, 0)
-        self.shown[name] = into
+    def _makes_room(self, name: str) -> bool:
+        if len(self.shown) < self.most:
+            return True
+        least = min(self.shown, key=self._had.__getitem__)
+        if self._had[name] <= 1.25 * self._had[least]:
+            return False
+        for kind, n in self.shown.pop(least).items():
+            self.other[kind] = self.other.get(kind, 0) + n
+        return True
+
+    def _forget(self) -> None:
+        """Of those not shown, the less busy half: what they had is in "other" already."""
+        hidden = (name for name in self._had if name not in self.shown)
+        kept = heapq.nlargest(self.remembered // 2, hidden, key=self._had.__getitem__)
+        self._had = {name: self._had[name] for name in (*self.shown, *kept)}
 
 
 class Metrics:

@@ -9,16 +9,19 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from plures.core.errors import WrongUse
-from plures.engine.ask import Ask, Chosen, Piece, Sampling, Serving
+from plures.engine.ask import BASE, Ask, Chosen, Piece, Sampling, Serving
 from plures.flows.desk import Desk, Target
 from plures.server.errors import Refused, shape
 from plures.server.metrics import Metrics
@@ -27,6 +30,8 @@ from plures.store.access import Tenant
 
 DEFAULT_TOKENS = 512
 """New tokens of a chat answer that says no limit; with OpenAI's "as many as fit" one caller could hold a row long."""
+OLD_DEFAULT_TOKENS = 16  # OpenAI's own, of a completion
+GONE = "the caller went away"
 _LONG_TEXT = 20_000  # characters; longer prompts are encoded beside the event loop
 Body = TypeVar("Body", bound=BaseModel)
 WhoAsks = Callable[[Request], Tenant]
@@ -114,9 +119,12 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIR
         """One model."""
         tenant = who(request)
         target = desk.resolve(model, tenant)
-        known = {m["id"]: m for m in desk.visible(tenant)}
-        mine = {"id": model, "identity": target.identity, "version": target.ref}
-        return known.get(model) or known[target.name] | mine
+        if target.identity == BASE:
+            return next(m for m in desk.visible(tenant) if m["id"] == model)
+        found = desk.store.resolve(target.ref)
+        created = int(datetime.fromisoformat(found.created).timestamp())
+        return {"id": model, "object": "model", "created": created, "owned_by": "plures", "identity": found.identity,
+                "method": found.method, "version": found.ref}  # fmt: skip
 
     def begin(request: Request, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]) -> Job:
         tenant = who(request)
@@ -141,8 +149,8 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIR
     @made.post("/chat/completions", openapi_extra=_described(ChatRequest))
     async def chat(request: Request) -> Any:
         """Answer a chat by the variant that `model` names."""
-        asked = await _parsed(request, ChatRequest)
         who(request)
+        asked = await _parsed(request, ChatRequest)
         messages = [m.plain() for m in asked.messages]
         tokens = await _encoded(serving, messages, sum(len(m["content"]) for m in messages))
         return await _answered(request, asked, begin(request, asked, [tokens]))
@@ -150,8 +158,8 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIR
     @made.post("/completions", openapi_extra=_described(CompletionRequest))
     async def complete(request: Request) -> Any:
         """Go on from a text by the variant that `model` names."""
-        asked = await _parsed(request, CompletionRequest)
         who(request)
+        asked = await _parsed(request, CompletionRequest)
         prompts = [p if isinstance(p, list) else await _encoded(serving, p, len(p)) for p in asked.prompts()]
         return await _answered(request, asked, begin(request, asked, prompts))
 
@@ -177,11 +185,13 @@ def _inline(schema: Any, defs: dict[str, Any]) -> Any:
 
 async def _parsed(request: Request, body: type[Body]) -> Body:
     """The body as a model. Raises: RequestValidationError, told as 400."""
-    raw = await request.body()
     try:
+        raw = await request.body()
         return body.model_validate_json(raw)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False, include_context=False)) from error
+    except ClientDisconnect as error:
+        raise Refused(499, GONE) from error
 
 
 async def _encoded(serving: Serving, prompt: Any, size: int) -> list[int]:
@@ -196,7 +206,8 @@ def _sampling(asked: ChatRequest | CompletionRequest, n_prompt: int, seed: int, 
     room = context - n_prompt
     if room < 1:
         raise WrongUse(f"the prompt has {n_prompt} tokens; the context is {context}, prompt and answer together")
-    most = asked.most_tokens or min(DEFAULT_TOKENS, room)
+    usual = DEFAULT_TOKENS if isinstance(asked, ChatRequest) else OLD_DEFAULT_TOKENS
+    most = asked.most_tokens or min(usual, room)
     if most > room:
         raise WrongUse(f"max_tokens {most} does not fit: the prompt has {n_prompt} tokens and the context is {context}")
     temperature = 1.0 if asked.temperature is None else asked.temperature
@@ -218,9 +229,8 @@ async def _answered(request: Request, asked: ChatRequest | CompletionRequest, jo
             raise Refused(503, broken.error)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            events = _stream(job, first, usage)
             headers["cache-control"] = "no-cache"
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return _Events(job, _stream(job, first, usage), headers)
         return JSONResponse(await _whole(job, first, gone), headers=headers)
     except BaseException:
         job.cancel()
@@ -239,10 +249,13 @@ async def _take(job: Job, gone: asyncio.Future[None]) -> list[tuple[int, Piece]]
     """The next pieces. Raises: Refused (nobody will read it) where the caller has gone."""
     taking = asyncio.ensure_future(job.mailbox.take())
     both: set[asyncio.Future[Any]] = {taking, gone}
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not taking.done():
+            taking.cancel()
     if not taking.done():
-        taking.cancel()
-        raise Refused(499, "the caller went away")
+        raise Refused(499, GONE)
     return taking.result()
 
 
@@ -293,6 +306,7 @@ async def _stream(job: Job, first: list[tuple[int, Piece]], usage: bool) -> Asyn
         while True:
             for at, piece in taken:
                 job.note(at, piece)
+            for at, piece in _joined(taken):
                 if piece.finish == "error":
                     yield _event(shape(piece.error, "service_unavailable_error"))
                     return
@@ -311,6 +325,34 @@ async def _stream(job: Job, first: list[tuple[int, Piece]], usage: bool) -> Asyn
         yield "data: [DONE]\n\n"
     finally:
         job.cancel()  # what has ended is not touched by it; a caller that went away frees its rows
+
+
+class _Events(StreamingResponse):
+    """Server-sent events whose rows are freed however they end, even before the first is sent."""
+
+    def __init__(self, job: Job, events: AsyncIterator[str], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.cancel()
+
+
+def _joined(taken: list[tuple[int, Piece]]) -> list[tuple[int, Piece]]:
+    """Pieces that came while nobody took them, those of a choice in one: a slow reader gets fewer, longer events."""
+    by_choice: dict[int, list[Piece]] = {}
+    for at, piece in taken:
+        by_choice.setdefault(at, []).append(piece)
+    return [(at, pieces[0] if len(pieces) == 1 else _one(pieces)) for at, pieces in by_choice.items()]
+
+
+def _one(pieces: list[Piece]) -> Piece:
+    ids = tuple(i for p in pieces for i in p.ids)
+    tokens = tuple(t for p in pieces for t in p.tokens)
+    return replace(pieces[-1], ids=ids, text="".join(p.text for p in pieces), tokens=tokens)
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ class Service:
         if open and host not in ("127.0.0.1", "::1", "localhost") and not open_anyway:
             raise WrongUse(f"open serving (no keys) on {host!r} would answer everybody; serve with keys: plures key")
         self.desk = Desk(Path(fleet))
+        self._servers: list[tuple[Server, socket.socket]] = []
         try:
             base = load_base(self.desk.store.base)
             self._tenants: dict[str, Tenant] = {}
@@ -58,10 +60,12 @@ class Service:
             folder = Path(fleet) / FOLDER
             self.engine = Engine(base, self.desk.load, settings, share_of=self._share_of, folder=folder)
             self.app = make_app(self.desk, self.engine, open=open)
-            self._servers = [_listen(self.app, host, port)]
+            self._servers.append(_listen(self.app, host, port))
             if admin_port is not None:
                 self._servers.append(_listen(make_admin(self.desk, self.engine), host, admin_port))
         except BaseException:
+            for _, taken in self._servers:
+                taken.close()
             self.desk.close()
             raise
         self._host = f"[{host}]" if ":" in host else host
@@ -92,8 +96,8 @@ class Service:
         """Answer from now on; returns once the ports are open."""
         self._refresh()
         self.engine.start()
-        for server, socket in self._servers:
-            thread = threading.Thread(target=server.run, args=([socket],), daemon=True, name="plures-http")
+        for server, listening in self._servers:
+            thread = threading.Thread(target=server.run, args=([listening],), daemon=True, name="plures-http")
             thread.start()
             self._threads.append(thread)
         keeper = threading.Thread(target=self._keep, daemon=True, name="plures-keep")
@@ -131,8 +135,8 @@ class Service:
             server.should_exit = True
         for thread in self._threads:
             thread.join(grace_s)
-        for _, socket in self._servers:
-            socket.close()
+        for _, listening in self._servers:
+            listening.close()
         self.desk.close()
 
     def __enter__(self) -> Service:
@@ -142,12 +146,16 @@ class Service:
         self.stop()
 
 
-def _listen(app: Any, host: str, port: int) -> tuple[Server, Any]:
+def _listen(app: Any, host: str, port: int) -> tuple[Server, socket.socket]:
     """A server and its open socket, so that a taken port is told at once and port 0 is known."""
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="off",
                             timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 * 1024)  # fmt: skip
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # with the protocol said, asyncio sets NODELAY
     try:
-        socket = config.bind_socket()
-    except SystemExit as error:  # uvicorn's way to say that the address cannot be had
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except (OSError, OverflowError) as error:
+        made.close()
         raise BadInput(f"cannot listen on {host} port {port}: it is taken or not allowed; choose --port") from error
-    return Server(config), socket
+    return Server(config), made

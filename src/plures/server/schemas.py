@@ -21,11 +21,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 Text = Annotated[str, Field(max_length=4_000_000)]
 Token = Annotated[int, Field(ge=0, le=1 << 31)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+MOST_FIELDS = 100
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, said: Any) -> Any:
+        if isinstance(said, dict) and len(said) > MOST_FIELDS:  # a million unknown ones would be a million errors
+            raise ValueError(f"{len(said)} fields; an object here has at most {MOST_FIELDS}")
+        return said
 
 
 class StreamOptions(_Strict):
@@ -44,7 +53,7 @@ class Message(_Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[_Part], Field(max_length=1000)]
+    content: Text | Annotated[list[_Part], Field(max_length=1000, fail_fast=True)]
     name: Annotated[str, Field(max_length=256)] | None = None
     refusal: None = None
 
@@ -87,7 +96,7 @@ class _Common(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False  # as vLLM has it, for measurements
@@ -115,7 +124,7 @@ class _Common(_Strict):
 class ChatRequest(_Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -148,9 +157,9 @@ class CompletionRequest(_Common):
 
     prompt: (
         Text
-        | Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]
-        | Annotated[list[Text], Field(min_length=1, max_length=128)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+        | Tokens
+        | Annotated[list[Text], Field(min_length=1, max_length=128, fail_fast=True)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -161,8 +170,8 @@ class CompletionRequest(_Common):
 
     @property
     def most_tokens(self) -> int | None:
-        """New tokens at most; OpenAI's default here is 16."""
-        return self.max_tokens or 16
+        """New tokens at most, where that is said."""
+        return self.max_tokens
 
     @property
     def schema_text(self) -> str:
