@@ -137,7 +137,7 @@ class Grammars:
         if self._of is None:
             self._of = llguidance.hf.from_tokenizer(self._tokenizer)
         # compact JSON: with free whitespace a weak model may write blanks until its tokens are spent
-        compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        compact: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
         matcher = llguidance.LLMatcher(self._of, grammar)
         if problem := matcher.get_error():

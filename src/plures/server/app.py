@@ -118,8 +118,10 @@ def make_app(desk: Desk, serving: Serving, *, open: bool = False, max_body_bytes
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
-    def prometheus() -> Response:
-        """Metrics as Prometheus reads them."""
+    def prometheus(request: Request) -> Response:
+        """Metrics as Prometheus reads them; they name tenants and variants, so they need an admin key."""
+        if not open and keys.key(request).kind != "admin":
+            raise Refused(403, "metrics need an admin key: plures key --admin", "not_admin")
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", response_class=HTMLResponse)

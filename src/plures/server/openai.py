@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -21,9 +20,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from plures.core.errors import WrongUse
+from plures.core.seeds import stream
 from plures.engine.ask import BASE, Ask, Chosen, Piece, Sampling, Serving
-from plures.flows.desk import Desk, Target
+from plures.flows.desk import Desk
 from plures.server.errors import Refused, shape
+from plures.server.job import Job, Mailbox
 from plures.server.metrics import Metrics
 from plures.server.schemas import ChatRequest, CompletionRequest
 from plures.store.access import Tenant
@@ -33,75 +34,10 @@ DEFAULT_TOKENS = 512
 OLD_DEFAULT_TOKENS = 16  # OpenAI's own, of a completion
 GONE = "the caller went away"
 _LONG_TEXT = 20_000  # characters; longer prompts are encoded beside the event loop
+_TOKEN_CHARS = 256  # no tokenizer has longer tokens; 8 MB would take 10 s to encode and then not fit
+_MOST_CHOICES = 128
 Body = TypeVar("Body", bound=BaseModel)
 WhoAsks = Callable[[Request], Tenant]
-
-
-class Mailbox:
-    """Pieces from the engine's thread to one request's coroutine; those that pile up are taken in one go."""
-
-    def __init__(self) -> None:
-        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
-        self._lock, self._pieces = threading.Lock(), list[tuple[int, Piece]]()
-
-    def deliver_to(self, choice: int) -> Callable[[Piece], None]:
-        """What the engine calls with the pieces of one choice."""
-
-        def deliver(piece: Piece) -> None:
-            with self._lock:
-                self._pieces.append((choice, piece))
-                first = len(self._pieces) == 1
-            if first:
-                self._loop.call_soon_threadsafe(self._event.set)
-
-        return deliver
-
-    async def take(self) -> list[tuple[int, Piece]]:
-        """All pieces that have come, at least one."""
-        while True:
-            await self._event.wait()
-            self._event.clear()
-            with self._lock:
-                taken, self._pieces = self._pieces, []
-            if taken:
-                return taken
-
-
-@dataclass
-class Job:
-    """One HTTP request on its way: which answers it waits for, and what its chunks have in common."""
-
-    serving: Serving
-    metrics: Metrics
-    tenant: Tenant
-    target: Target
-    chat: bool
-    n_prompts: int
-    logprobs: int | None
-    mailbox: Mailbox
-    tickets: list[int]
-    id: str
-    created: int
-    fingerprint: str
-    started: float
-    clocks: dict[int, float]
-
-    def cancel(self) -> None:
-        """End what still runs."""
-        for ticket in self.tickets:
-            self.serving.cancel(ticket)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """The fields of every answer and chunk."""
-        said = {"id": self.id, "created": self.created, "model": self.target.ref}
-        return said | {"system_fingerprint": self.fingerprint}
-
-    def note(self, choice: int, piece: Piece) -> None:
-        """Tell the metrics of a piece."""
-        since = self.clocks.get(choice, self.started)
-        first = choice not in self.clocks
-        self.clocks[choice] = self.metrics.piece(self.tenant.name, self.target.ref, piece, since, first)
 
 
 def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIRouter:
@@ -126,21 +62,32 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIR
         return {"id": model, "object": "model", "created": created, "owned_by": "plures", "identity": found.identity,
                 "method": found.method, "version": found.ref}  # fmt: skip
 
-    def begin(request: Request, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]) -> Job:
+    async def begin(request: Request, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]) -> Job:
+        mailbox = Mailbox()
+        if len(prompts) * (asked.n or 1) > _MOST_CHOICES:
+            raise WrongUse(f"{len(prompts)} prompts with n = {asked.n} are over {_MOST_CHOICES} answers in one request")
+        if asked.schema_text:  # compiling a large schema takes long enough to be noticed by everybody
+            return await asyncio.to_thread(put, request, asked, prompts, mailbox)
+        return put(request, asked, prompts, mailbox)
+
+    def put(
+        request: Request, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]], mailbox: Mailbox
+    ) -> Job:
         tenant = who(request)
         target = desk.resolve(asked.model, tenant, dice.random())
         chat = isinstance(asked, ChatRequest)
         id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        job = Job(serving, metrics, tenant, target, chat, len(prompts), asked.wanted_logprobs, Mailbox(), [], id,
+        job = Job(serving, metrics, tenant, target, chat, len(prompts), asked.wanted_logprobs, mailbox, [], id,
                   int(time.time()), fingerprint, time.monotonic(), {})  # fmt: skip
         seed = dice.getrandbits(62) if asked.seed is None else asked.seed
         try:
             for prompt in prompts:
                 for choice in range(asked.n or 1):
-                    how = _sampling(asked, len(prompt), seed + choice, serving.context)
+                    mine = stream(seed, "choice", choice) if choice else seed  # seed + 1 is another request's
+                    how = _sampling(asked, len(prompt), mine, serving.context)
                     at = len(job.tickets)
                     ask = Ask(tenant.name, target.identity, tuple(prompt), how)
-                    job.tickets.append(serving.submit(ask, job.mailbox.deliver_to(at)))
+                    job.tickets.append(serving.submit(ask, job.deliver_to(at)))
         except BaseException:
             job.cancel()
             raise
@@ -153,7 +100,7 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIR
         asked = await _parsed(request, ChatRequest)
         messages = [m.plain() for m in asked.messages]
         tokens = await _encoded(serving, messages, sum(len(m["content"]) for m in messages))
-        return await _answered(request, asked, begin(request, asked, [tokens]))
+        return await _answered(request, asked, await begin(request, asked, [tokens]))
 
     @made.post("/completions", openapi_extra=_described(CompletionRequest))
     async def complete(request: Request) -> Any:
@@ -161,7 +108,7 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIR
         who(request)
         asked = await _parsed(request, CompletionRequest)
         prompts = [p if isinstance(p, list) else await _encoded(serving, p, len(p)) for p in asked.prompts()]
-        return await _answered(request, asked, begin(request, asked, prompts))
+        return await _answered(request, asked, await begin(request, asked, prompts))
 
     return made
 
@@ -195,6 +142,8 @@ async def _parsed(request: Request, body: type[Body]) -> Body:
 
 
 async def _encoded(serving: Serving, prompt: Any, size: int) -> list[int]:
+    if size > _TOKEN_CHARS * serving.context:
+        raise WrongUse(f"the prompt has {size} characters; they cannot fit the context of {serving.context} tokens")
     return serving.encode(prompt) if size < _LONG_TEXT else await asyncio.to_thread(serving.encode, prompt)
 
 
@@ -278,7 +227,6 @@ async def _whole(job: Job, first: list[tuple[int, Piece]], gone: asyncio.Future[
     choices, taken = [_Choice() for _ in job.tickets], first
     while True:
         for at, piece in taken:
-            job.note(at, piece)
             choices[at].add(piece)
             if piece.finish == "error":
                 raise Refused(503, piece.error)
@@ -304,8 +252,6 @@ async def _stream(job: Job, first: list[tuple[int, Piece]], usage: bool) -> Asyn
                 start = {"index": at, "delta": delta, "finish_reason": None, "logprobs": None}
                 yield _event(common | {"choices": [start]})
         while True:
-            for at, piece in taken:
-                job.note(at, piece)
             for at, piece in _joined(taken):
                 if piece.finish == "error":
                     yield _event(shape(piece.error, "service_unavailable_error"))

@@ -57,6 +57,12 @@ class Message(_Strict):
     name: Annotated[str, Field(max_length=256)] | None = None
     refusal: None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, message: Any) -> Any:
+        """What an answer's message holds beside its text is null; it may come back as it was."""
+        return {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else message
+
     def plain(self) -> dict[str, str]:
         """The message as the chat template takes it."""
         content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)

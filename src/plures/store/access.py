@@ -231,7 +231,7 @@ class Access:
                 row = db.execute("UPDATE key SET revoked = ? WHERE id = ? AND revoked IS NULL RETURNING tenant",
                                  (now(), id)).fetchone()  # fmt: skip
             if row is None:
-                raise WrongUse("there is no live key of this id; give the 16 digits after 'pl-' (`plures key` lists them)")
+                raise WrongUse("there is no live key of this id; give the 16 digits after 'pl-', as plures key lists")
             said |= {"id": id, "tenant": row[0]}
 
     def who(self, secret: str) -> Key | None:
