@@ -45,6 +45,10 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(RUN)/python benchmarks/train_step.py
 	$(RUN)/python benchmarks/store_bytes.py
+	$(RUN)/python benchmarks/serve_decode.py
+	$(RUN)/python benchmarks/serve_capacity.py
+	$(RUN)/python benchmarks/serve_http.py
+	$(RUN)/python benchmarks/serve_fair.py --rate 1.5 --seconds 15
 	$(RUN)/python benchmarks/equal_budget.py
 
 size:

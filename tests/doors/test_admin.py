@@ -306,6 +306,16 @@ def test_a_body_over_the_limit(http: TestClient, desk: Desk) -> None:
     assert desk.store.names() == ["full", "lora", "mos", "vera"]
 
 
+def test_only_an_upload_may_be_large(http: TestClient, desk: Desk) -> None:
+    large, app = bytes(9 << 20), make_admin(desk, FakeServing(), max_upload_bytes=16 << 20)
+    with TestClient(app, raise_server_exceptions=False, headers=dict(http.headers)) as client:
+        assert "not a zip" in error_of(send(client, large), 422)
+        error_of(client.put("/admin/tenants/t", content=large), 413)
+        client.headers.pop("authorization")
+        error_of(send(client, large), 401)
+        error_of(client.put("/admin/tenants/t", content=large), 413)  # its body would be read before the key
+
+
 @pytest.mark.parametrize("where", ["upload.zip", "adapter_model.safetensors"])
 def test_a_full_disk_is_told_as_such(
     http: TestClient, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, where: str

@@ -11,7 +11,9 @@ from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
 
 def command(
     ref: Annotated[list[str] | None, typer.Argument(help="Variants: name, name@3, name@alias, or 'base'.")] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from; - reads standard input.")] = "",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text to go on from; - reads standard input.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 1.0,
@@ -26,7 +28,7 @@ def command(
 
     from plures.core.errors import WrongUse
 
-    if bool(requests) != bool(out) or bool(requests) == bool(ref) or (requests and prompt) or (ref and not prompt):
+    if bool(requests) != bool(out) or bool(requests) == bool(ref) or bool(requests) == (prompt is not None):
         raise WrongUse("give variants and --prompt, or --requests and --out")
     if requests:
         _answer_file(fleet_path(fleet), requests, out, json)
@@ -34,7 +36,7 @@ def command(
     from plures.flows.fleet import Fleet
 
     refs = ref or []
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
     with Fleet(fleet_path(fleet)) as opened:
         asked: list[tuple[str | None, str]] = [(None if r == "base" else r, text) for r in refs]
         answers = opened.generate(asked, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

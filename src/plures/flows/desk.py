@@ -52,6 +52,7 @@ class Desk:
             self.store.close()
             raise
         self._turn = threading.RLock()
+        self._damaged: set[str] = set()
         self._seen: Any = None
         self._versions: dict[str, Version] = {}
         self._canaries: dict[tuple[str, str], Canary] = {}
@@ -129,12 +130,21 @@ class Desk:
     def load(self, identity: str) -> Variant:
         """A variant by its identity, for the engine.
 
-        Raises: Unavailable where the fleet has it no longer, or its blob is damaged.
+        Raises: Unavailable where the fleet has it no longer, or its blob is damaged. Callers see that message, so it
+            names no file and no other's variant; what is damaged goes into the log, once.
         """
         try:
             return self.store.load_identity(identity)
-        except (BadInput, WrongUse) as error:
+        except WrongUse as error:
             raise Unavailable(str(error)) from error
+        except BadInput as error:
+            if identity not in self._damaged:
+                self._damaged.add(identity)
+                with suppress(PluresError):
+                    self.access.note("damaged", "server", identity=identity, error=str(error))
+            raise Unavailable(
+                f"the stored tensors of variant {shown(identity[:12])} cannot be read; the log and plures fsck say more"
+            ) from error
 
     def point(self, ref: str, alias: str, by: str) -> dict[str, Any]:
         """Publish: `alias` points at the version that `ref` means from now on."""
