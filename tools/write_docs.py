@@ -310,7 +310,7 @@ def serve_http(said: dict[str, Any], brief: bool) -> str:
         return ""
     failed, requests = said["failed_while_publishing"], sum(r["requests"] for r in said["publishing"])
     return (
-        f"32 streams over HTTP run at {said['http_over_bare']:.2f} of the bare engine's tokens per CPU second. While an "
+        f"32 streams over HTTP run at {said['http_over_bare']:.2f} of the bare engine's tokens per CPU s. While an "
         f"alias moves five times a second, {failed} of {requests} requests fail, and the P99 between two events is "
         f"{said['p99_between_ratio']:.2f} times what it is without."
     )
