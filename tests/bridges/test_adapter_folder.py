@@ -395,6 +395,34 @@ def test_a_damaged_folder_is_refused(
     assert "damaged" not in fleet.store.names()
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (CONFIG, {"r": "eight"}), (CONFIG, {"lora_alpha": []}), (CONFIG, {"rank_pattern": {"(": 2}}),
+        (CONFIG, {"alpha_pattern": 7}), (CONFIG, {"modules_to_save": 3}), (CONFIG, {"peft_type": {}}),
+        (MANIFEST, {"base": {"name": "x", "hash": 5}}), (MANIFEST, {"options": [1]}), (MANIFEST, {"provenance": 3}),
+        (MANIFEST, {"sites": 5}), (MANIFEST, {"tensors": []}), (MANIFEST, {"method": None}),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_an_error_of_ours(
+    file: str, said: dict[str, Any], fleet: Any, tmp_path: Path
+) -> None:
+    out = fleet["lora"].export(tmp_path / "out", as_="peft")
+    path = out / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    with pytest.raises(PluresError) as error:
+        fleet.bring_in(out, "again")
+    assert error.value.exit_code in (2, 4)
+    assert len(str(error.value).splitlines()) == 1
+    deep = "[" * 100_000
+    path.write_text(deep)
+    with pytest.raises(BadInput, match="JSON"):
+        fleet.bring_in(out, "again")
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(BadInput, match="JSON"):
+        fleet.bring_in(out, "again")
+
+
 def test_truncated_and_foreign_files_are_refused(fleet: Any, tmp_path: Path) -> None:
     fleet["mos"].export(tmp_path / "out")
     whole = (tmp_path / "out" / WEIGHTS).read_bytes()

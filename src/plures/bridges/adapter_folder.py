@@ -21,7 +21,7 @@ from plures.adapt import adapts
 from plures.adapt._lay import Laid, lay
 from plures.bridges.on_model import PREFIX
 from plures.bridges.peft import FORMAT_VERSION
-from plures.core.errors import BadInput, WrongUse, disk
+from plures.core.errors import BadInput, PluresError, WrongUse, disk
 from plures.tensors import safe
 from plures.tensors.site import Site, grouped
 from plures.tensors.variant import BaseRef, Variant, from_flat
@@ -145,6 +145,9 @@ def model_card(variant: Variant, name: str = "") -> str:
 # ---------------------------------------------------------------- folder -> variant
 
 
+_STRANGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
+
+
 def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str, tuple[int, ...]]) -> Variant:
     """The variant in an adapter folder: ours, one saved by PEFT, or a plain PEFT LoRA.
 
@@ -158,6 +161,16 @@ def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str,
         for pickle in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
             safe.refuse_pickle(pickle)
         raise BadInput(f"{str(folder)!r} is no adapter folder: it has no {WEIGHTS}")
+    try:
+        return _read(folder, base, shapes, whole)
+    except PluresError:
+        raise
+    except _STRANGE as error:  # a value of a kind that no question here expects: the files are anybody's
+        raise BadInput(f"{str(folder)!r} is damaged: {CONFIG} or {MANIFEST} holds a value of the wrong kind "
+                       f"({type(error).__name__}: {str(error)[:200]})") from error  # fmt: skip
+
+
+def _read(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str, tuple[int, ...]]) -> Variant:
     config = _json(folder / CONFIG)
     tensors = safe.read(folder / WEIGHTS)
     kind = config.get("peft_type")
@@ -221,10 +234,10 @@ def _check_whole(folder: Path, variant: Variant, modules: Sequence[str], whole: 
 
 def _json(path: Path) -> dict[str, Any]:
     with disk(path, "read"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        found = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise BadInput(f"{str(path)!r} must hold a JSON object")

@@ -274,6 +274,7 @@ def _farewell(fleet: Path, names: list[str], lora: Path, page: Path, told: dict[
 That took {told["seconds"]:.0f} s. Look around (plures is in .venv/bin):
   plures list --fleet {fleet}
   plures generate {n}-mos-e1@prod base -p 'def main(' --fleet {fleet}
+  plures serve --open --fleet {fleet}      # all of them over HTTP, with OpenAI's API
 Now your own model and data:
   plures init acme.fleet --base org/model-or-folder
   plures train fleet=acme.fleet name=support data.train=tickets.jsonl adapt.method=mos --plan

@@ -56,7 +56,7 @@ def header(path: Path) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads(f.read(n))
             ends = [0 + e["data_offsets"][1] for k, e in found.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             refuse_pickle(path, by_content=True)
             raise BadInput(f"{str(path)!r} is not a safetensors file: its header is not valid JSON") from error
     want = 8 + n + max(ends, default=0)
