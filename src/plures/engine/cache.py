@@ -154,14 +154,6 @@ class Cache:
                     self._free.append(block)
         held.blocks, held.known = [], 0
 
-    def clear(self, identity: str | None = None) -> None:
-        """Forget what is known and that no row has; of one variant, or of all (`None`)."""
-        if identity is not None:
-            self._roots.pop(identity, None)  # its chains hang off a node that nobody finds; they age out
-            return
-        while self._idle:
-            self._free.append(self._forget())
-
     def layer(self, at: int) -> tuple[Any, Any]:
         """Keys and values of one layer."""
         return self.keys[at], self.values[at]

@@ -60,7 +60,7 @@ class Engine:
             self.bank, d.places(), fetch, folder=folder, host_bytes=settings.host_bytes, loaded=self._wake
         )
         self.share_of = share_of
-        # a quantum of 8 tokens a row: simulated light tenants then wait 1.1 to 1.6 times what they wait alone
+        # 8 tokens a row: best for light tenants in the simulator, with steps whose cost hardly grows with their rows
         self.queue = Queue(share_of, policy=settings.policy, quantum_tokens=8.0 * settings.rows)  # type: ignore[arg-type]
         self.admission = admission or Admission()
         self.grammars = Grammars(base.tokenizer)

@@ -46,9 +46,9 @@ class Service:
 
     def __init__(
         self, fleet: str | Path, settings: Settings = Settings(), *, host: str = "127.0.0.1", port: int = 8000,
-        admin_port: int | None = None, open: bool = False, open_anyway: bool = False,
+        admin_port: int | None = None, open: bool = False,
     ) -> None:  # fmt: skip
-        if open and host not in ("127.0.0.1", "::1", "localhost") and not open_anyway:
+        if open and host not in ("127.0.0.1", "::1", "localhost"):
             raise WrongUse(f"open serving (no keys) on {host!r} would answer everybody; serve with keys: plures key")
         self.desk = Desk(Path(fleet))
         self._servers: list[tuple[Server, socket.socket]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
 import sqlite3
@@ -22,14 +21,6 @@ MOST_LINES = 1 << 31
 def redact(text: str) -> str:
     """`text` with the secret part of every key in it struck out: people paste keys where they do not belong."""
     return SECRET.sub(r"pl-\1-…", text)
-
-
-def person() -> str:
-    """Who runs this process, as a log says it: `local:ann`."""
-    try:
-        return f"local:{getpass.getuser()}"
-    except (OSError, KeyError, ImportError):  # no name in this container
-        return "local:?"
 
 
 def add_line(db: sqlite3.Connection, action: str, by: str, detail: Mapping[str, Any]) -> None:
