@@ -48,7 +48,7 @@ bench: $(VENV)/.dev
 	$(RUN)/python benchmarks/serve_decode.py
 	$(RUN)/python benchmarks/serve_capacity.py
 	$(RUN)/python benchmarks/serve_http.py
-	$(RUN)/python benchmarks/serve_fair.py --rate 1.5 --seconds 15
+	$(RUN)/python benchmarks/serve_fair.py
 	$(RUN)/python benchmarks/equal_budget.py
 
 size:

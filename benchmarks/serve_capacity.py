@@ -171,7 +171,7 @@ def zipf(base: Any, seed: int = 0, n: int = 512, new: int = 24) -> dict[str, Any
         out[name] = {
             "tokens_per_cpu_s": n * new / spent, "asked": len(set(picks)), "loads": tiers["loads"],
             "hit_rate": tiers["hits"] / tiers["asked"], "evictions": tiers["evictions"],
-            "best_hit_rate": belady(list(engine.tiers.log), SLOTS),
+            "best_hit_rate": belady([identity for identity, _ in engine.tiers.log], SLOTS),
         }  # fmt: skip
         engine.stop(0)
     out["1000 over 32"] = out["1000 variants"]["tokens_per_cpu_s"] / out["32 variants"]["tokens_per_cpu_s"]

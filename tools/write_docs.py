@@ -334,18 +334,23 @@ def serve_http(said: dict[str, Any], brief: bool) -> str:
 
 def serve_fair(said: dict[str, Any], brief: bool) -> str:
     """What light tenants notice of a heavy one."""
-    r, how = said["ratios"], said["settings"]
-    rows = [(n, f"{1e3 * said[n]['light_p95_s']:.0f}", f"{said[n]['tokens_per_s']:.0f}")
-            for n in ("alone", "vtc", "fcfs")]  # fmt: skip
+    how, names = said["settings"], {"bursts": "short requests in bursts", "overload": "more than can be answered"}
+    r = {load: one["ratios"] for load, one in said["loads"].items()}
+    spans = {k: " and ".join(f"{r[load][k]:.2f}" for load in r) for k in r["bursts"]}
     text = (
-        f"{how['light']} tenants offer {how['rate']:g} requests a second each in bursts (Gamma, cv 2), one more offers "
-        f"ten times that; seconds are CPU time of the engine's own steps. Under VTC the light tenants wait "
-        f"{r['vtc over alone']:.1f} times as long as alone, first come first served {r['fcfs over vtc']:.1f} times as "
-        f"long as under VTC; VTC keeps {r['throughput of fcfs']:.2f} of the throughput."
+        f"{how['light']} tenants offer {how['rate']:g} requests a second each, one more offers ten times that: once "
+        f"in bursts that can just be answered, once more than that. The light tenants' P95 to the first token is "
+        f"{spans['vtc over alone']} times that of being alone; first come first served makes it "
+        f"{spans['fcfs over vtc']} times as long again. Throughput kept: {spans['throughput of fcfs']}."
     )
     if brief:
         return text
-    return text + "\n\n" + table("policy | light tenants' P95 to the first token, ms: | tokens per s:", rows)
+    rows = [
+        (names[load], n, f"{1e3 * one[n]['light_p95_s']:.0f}", f"{one[n]['tokens_per_s']:.0f}")
+        for load, one in said["loads"].items() for n in ("alone", "vtc", "fcfs")
+    ]  # fmt: skip
+    head = "load | policy | light tenants' P95 to the first token, CPU ms: | tokens per CPU s:"
+    return text + "\n\n" + table(head, rows)
 
 
 BENCHMARKS = (

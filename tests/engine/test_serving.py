@@ -239,23 +239,32 @@ def test_rows_that_begin_together_compute_a_common_prefix_once(
     assert [a.ids for a in answers] == [a.ids for a in again]
 
 
-def test_the_last_rows_are_kept_for_tenants_that_run_few(engine: Callable[..., Engine]) -> None:
+def test_spare_rows_are_for_all_but_the_heavy(engine: Callable[..., Engine]) -> None:
     served = engine(rows=8, spare_rows=2)
-    heavy = [ask(served, "The", tenant="heavy", max_tokens=40, ignore_end=True) for _ in range(12)]
+    heavy = [ask(served, "The", tenant="heavy", max_tokens=40, ignore_end=True) for _ in range(16)]
+    for _ in range(10):
+        served.step()
+    assert served.state()["rows"] == 8  # alone, a tenant has all but the spare ones
+    light = [ask(served, "The", tenant="light", max_tokens=4, ignore_end=True) for _ in range(3)]
     served.step()
-    assert served.state()["rows"] == 8  # alone, a tenant may have all
-    finish(served, *heavy)
-    late = ask(served, "The", tenant="light", max_tokens=1)
-    finish(served, late)
-    heavy = [ask(served, "The", tenant="heavy", max_tokens=40, ignore_end=True) for _ in range(12)]
-    served.step()
-    assert served.state()["rows"] == 6
-    light = [ask(served, "The", tenant="light", max_tokens=4, ignore_end=True) for _ in range(2)]
-    served.step()
-    assert all(a.pieces for a in light)
+    assert served.state()["rows"] == 10
+    assert sum(bool(a.pieces) for a in light) == 2
     finish(served, *heavy, *light)
+    assert Settings(rows=8, policy="fcfs").spare == 0
     with pytest.raises(WrongUse, match="spare_rows"):
-        Settings(rows=4, spare_rows=4)
+        Settings(rows=4, spare_rows=-2)
+
+
+def test_the_hit_rate_stands_beside_the_best_possible(
+    engine: Callable[..., Engine], variants: dict[str, Variant]
+) -> None:
+    served, (a, b, c, *_) = engine(slots=2), variants
+    for identity in (a, b, c, a, b, a):
+        finish(served, ask(served, "The", identity, max_tokens=1))
+    said = served.state()["variants"]
+    assert said["best_hit_rate"] == pytest.approx(2 / 6, abs=1e-3)  # one of a and b goes for c
+    assert 0 < said["hit_rate"] <= said["best_hit_rate"]
+    assert said["hits"] == round(6 * said["hit_rate"])
 
 
 def test_a_variant_that_cannot_be_served_ends_its_own_requests_only(

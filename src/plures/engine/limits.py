@@ -21,8 +21,7 @@ class Settings:
         bank_bytes: memory for the resident variants' numbers, touched as it is used.
         host_bytes: memory for variants that are packed and wait for a slot.
         share_prefixes: whether equal prefixes of one variant are computed once.
-        spare_rows: of these, rows kept for tenants that run fewer than this many, while several tenants ask; -1 takes
-            an eighth.
+        spare_rows: rows beside these, for the requests of other tenants while one is heavy; -1 takes a quarter.
         policy: "vtc", fair between tenants, or "fcfs", first come first served.
         bfloat16: whether the base runs in bfloat16 (adapters, attention and logits stay float32).
     """
@@ -42,8 +41,8 @@ class Settings:
         for name in ("rows", "prefill_tokens", "slots", "bank_bytes", "host_bytes"):
             if getattr(self, name) < 1:
                 raise WrongUse(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not -1 <= self.spare_rows < self.rows:
-            raise WrongUse(f"spare_rows must be below rows ({self.rows}), or -1 for an eighth, got {self.spare_rows}")
+        if self.spare_rows < -1:
+            raise WrongUse(f"spare_rows must be 0 or more, or -1 for a quarter of rows, got {self.spare_rows}")
         if self.kv_tokens < 0:
             raise WrongUse(f"kv_tokens must be at least 0, got {self.kv_tokens}; 0 takes a quarter of the memory")
         if self.policy not in ("vtc", "fcfs"):
@@ -51,10 +50,10 @@ class Settings:
 
     @property
     def spare(self) -> int:
-        """Rows kept for tenants that run few; none under "fcfs"."""
+        """Rows beside `rows` for tenants that are not heavy; none under "fcfs"."""
         if self.policy == "fcfs":
             return 0
-        return self.rows // 8 if self.spare_rows < 0 else self.spare_rows
+        return self.rows // 4 if self.spare_rows < 0 else self.spare_rows
 
     def tokens_kept(self, bytes_per_token: int, context: int) -> int:
         """Tokens whose keys and values are kept: as asked, or by the machine's memory; one whole request at least."""

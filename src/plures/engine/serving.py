@@ -1,7 +1,7 @@
 """The serving engine: one thread that answers many requests, each by its own variant, in one running batch.
 
-Every step computes one token for each row that decodes, and at most `prefill_tokens` of the prompts that have begun.
-Requests wait in a queue that is fair between tenants; a row that ends, or is preempted, leaves its keys and values for
+Every step computes one token for each row that decodes, and at most `prefill_tokens` of the prompts that have begun;
+where a tenant is heavy beside the others, their prompts go first and alone, and its own in smaller pieces. Requests wait in a queue that is fair between tenants; a row that ends, or is preempted, leaves its keys and values for
 whoever has the same prefix under the same variant. A variant's identity is the hash of its content: nothing here
 knows a name, so nothing here can change under a request.
 """
@@ -24,6 +24,7 @@ from plures.engine.batch import Deliver, Row, flatten
 from plures.engine.cache import BLOCK
 from plures.engine.choose import Chooser, Grammars, Words, chosen, greedy
 from plures.engine.decoder import Decoder, Flat, why_not_native
+from plures.engine.lately import Lately
 from plures.engine.limits import Settings
 from plures.engine.model import Base, encode_prompt
 from plures.engine.schedule import Queue, Share, Waiting
@@ -31,8 +32,7 @@ from plures.engine.tiers import Tiers
 from plures.engine.wrapped import Wrapped
 from plures.tensors.variant import Variant
 
-_ASKS_S = 30.0  # a tenant that asked so long ago asks no longer
-
+_PIECE = 4  # a heavy tenant's prompts are computed this much at a time less than `prefill_tokens`
 
 class Engine:
     """Answers requests from a base and any number of its variants; see `Serving` for what doors call.
@@ -41,6 +41,8 @@ class Engine:
     kept. `start` begins the thread; without it,
     `step` may be called by hand.
     """
+
+    waits = False
 
     def __init__(
         self, base: Base, fetch: Callable[[str], Variant], settings: Settings = Settings(), *,
@@ -71,7 +73,7 @@ class Engine:
         self._waiting: dict[int, Row] = {}
         self._running: dict[int, Row] = {}
         self._cancelled: set[int] = set()
-        self._asked_s: dict[str, float] = {}  # when each tenant of late last asked
+        self.lately, self._heavy = Lately(share_of), frozenset[str]()
         self._pins: deque[frozenset[str]] = deque()
         self._next = self._stirred = 0
         self._owed = 0
@@ -115,7 +117,7 @@ class Engine:
             now = time.monotonic()
             waiting = Waiting(self._next, ask.tenant, ask.variant, n, ask.how.max_tokens, now)
             self.queue.put(waiting, now)
-            self._asked_s[ask.tenant] = now
+            self.lately.asked(ask.tenant, now)
             self._owed += tokens
             self._waiting[self._next] = Row(ask, deliver, waiting, list(ask.tokens), words, Chooser(ask.how, grammar))
             self._stir()
@@ -199,10 +201,10 @@ class Engine:
         """Do one step; False where there was nothing to do."""
         began = time.monotonic()
         self._settle(began)
-        rows = self._ordered()
+        rows, prefill_tokens = self._composed()
         if not rows:
             return False
-        flat, decoding, ending = flatten(rows, self.settings.prefill_tokens, self.cache, self._grow)
+        flat, decoding, ending = flatten(rows, prefill_tokens, self.cache, self._grow)
         if not flat.tokens:
             return False
         logits = self.decoder.step(flat, self.bank, self.cache)
@@ -211,20 +213,29 @@ class Engine:
         self._clock(len(flat.tokens), time.monotonic() - began)
         return True
 
-    def _ordered(self) -> list[Row]:
-        """The rows in the order in which their prompts are computed: of tenants that had least first."""
-        rows = list(self._running.values())
-        if self.settings.policy == "vtc" and len({row.ask.tenant for row in rows}) > 1:
-            with self._lock:
-                had = self.queue.counters()
-            rows.sort(key=lambda row: had.get(row.ask.tenant, 0.0))
-        return rows
+    def _composed(self) -> tuple[list[Row], int]:
+        """The rows of the next step, in the order in which their prompts are computed, and how much of these.
+
+        A prompt of a tenant that is not heavy goes before all others; while one is there, the rows of heavy tenants
+        pause, and else their prompts come in smaller pieces, so that no step is long when the next one arrives.
+        """
+        rows, heavy, most = list(self._running.values()), self._heavy, self.settings.prefill_tokens
+        if self.settings.policy != "vtc":
+            return rows, most
+        with self._lock:
+            had = self.queue.counters()
+        rows.sort(key=lambda row: (row.ask.tenant in heavy, had.get(row.ask.tenant, 0.0)))
+        if not heavy:
+            return rows, most
+        light = [row for row in rows if row.ask.tenant not in heavy]
+        if any(row.done < len(row.tokens) - 1 for row in light):
+            return light, most
+        return rows, max(1, most // _PIECE)
 
     def _settle(self, now_s: float) -> None:
         """Between two steps: pins, cancellations, preemption, and requests that begin."""
         with self._lock:
-            for tenant in [t for t, last in self._asked_s.items() if now_s - last > _ASKS_S]:
-                del self._asked_s[tenant]
+            self._heavy = self.lately.heavy(now_s) if self.settings.policy == "vtc" else frozenset()
             pins = [self._pins.popleft() for _ in range(len(self._pins))]
             gone = [self._drop(t) for t in self._cancelled]
             self._cancelled.clear()
@@ -240,11 +251,12 @@ class Engine:
         for row, why in failed:
             self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt))
         with self._lock:
-            if self._waiting and len(self._running) >= self.settings.rows:
+            most = self.settings.rows + self.settings.spare
+            if self._waiting and len(self._running) >= most:
                 victim = self.queue.victim([r.waiting for r in self._running.values()])
                 if victim is not None:
                     self._suspend(self._running[victim.ticket])
-            while len(self._running) < self.settings.rows:
+            while len(self._running) < most:
                 w = self.queue.pick(self._resident, self._fits, now_s, self._may)
                 if w is None:
                     break
@@ -275,11 +287,8 @@ class Engine:
         return self.tiers.ready(w.variant) and self.tiers.can_enter(w.variant)
 
     def _may(self, tenant: str) -> bool:
-        """Whether a tenant may have another row: the last ones are kept for those that run few."""
-        spare = self.settings.spare
-        if len(self._running) < self.settings.rows - spare or len(self._asked_s) < 2:
-            return True
-        return sum(row.ask.tenant == tenant for row in self._running.values()) < spare
+        """Whether a tenant may have another row: the spare ones are for all but the heavy."""
+        return len(self._running) < self.settings.rows or (bool(self._heavy) and tenant not in self._heavy)
 
     def _begin(self, row: Row) -> None:
         """Give a request its slot, and what the cache already has of it."""
@@ -356,7 +365,9 @@ class Engine:
         self.cached_tokens += sum(row.n_cached for row in rows if not row.n_new)
         with self._lock:
             for row in rows:
-                self.queue.served(row.ask.tenant, 0 if row.n_new else row.n_prompt - row.n_cached, 1)
+                prompt = 0 if row.n_new else row.n_prompt - row.n_cached
+                self.queue.served(row.ask.tenant, prompt, 1)
+                self.lately.served(row.ask.tenant, prompt, 1)
         self.new_tokens += len(rows)
         for i, row in enumerate(rows):
             try:

@@ -8,6 +8,7 @@ halved for every `half_life` requests since (recency and frequency in one number
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,11 @@ from plures.core.errors import PluresError
 from plures.engine import packed
 from plures.engine.ask import Unavailable
 from plures.engine.bank import Bank, Packed, Place, pack
+from plures.engine.simulate import belady
 from plures.tensors.variant import Variant
+
+_LOGGED = 10_000
+_RATES_S = 30.0
 
 
 class Tiers:
@@ -36,7 +41,8 @@ class Tiers:
         self.bank, self.places, self.fetch, self.folder = bank, places, fetch, folder
         self.host_bytes, self.half_life, self.loaded = host_bytes, half_life, loaded
         self.pinned: frozenset[str] = frozenset()
-        self.log: deque[str] = deque(maxlen=100_000)  # which variant each request asked, for `belady`
+        self.log: deque[tuple[str, bool]] = deque(maxlen=_LOGGED)  # the variant each request asked; whether it was resident
+        self._rates: tuple[float, float, float] = (float("-inf"), 1.0, 1.0)
         self.hits = self.asked = self.loads = self.evictions = 0
         self._packed: OrderedDict[str, Packed] = OrderedDict()
         self._bytes = 0
@@ -57,7 +63,7 @@ class Tiers:
         """
         with self._lock:
             self.asked += 1
-            self.log.append(identity)
+            self.log.append((identity, identity in self.bank.slots))
             heat, last = self._heat.get(identity, (0.0, self.asked))
             self._heat[identity] = (heat * 0.5 ** ((self.asked - last) / self.half_life) + 1, self.asked)
             if identity in self.bank.slots:
@@ -189,10 +195,27 @@ class Tiers:
                 self._bytes -= gone.n_bytes
             self._failed.pop(identity, None)
 
+    def hit_rates(self) -> tuple[float, float]:
+        """The share of the last 10,000 requests whose variant was resident, and the best that any cache could have had.
+
+        The second is Belady's on the same log (`simulate.belady`). Told anew every half minute at most.
+        """
+        with self._lock:
+            at_s, mine, best = self._rates
+            if time.monotonic() - at_s < _RATES_S:
+                return mine, best
+            log, slots = list(self.log), self.bank.empty + len(self.bank.slots)
+        if log:
+            mine, best = sum(hit for _, hit in log) / len(log), belady([identity for identity, _ in log], slots)
+        self._rates = time.monotonic(), mine, best
+        return mine, best
+
     def state(self) -> dict[str, Any]:
         """Counts and bytes of every tier."""
+        hit_rate, best = self.hit_rates()
         with self._lock:
             return {
+                "hit_rate": round(hit_rate, 4), "best_hit_rate": round(best, 4),
                 "resident": list(self.bank.slots), "in_use": dict(self._users), "pinned": sorted(self.pinned),
                 "resident_bytes": self.bank.used_bytes, "host": len(self._packed), "host_bytes": self._bytes,
                 "asked": self.asked, "hits": self.hits, "loads": self.loads, "evictions": self.evictions,

@@ -91,7 +91,7 @@ def status(desk: Desk, serving: Serving, tenant: Tenant, everything: bool) -> di
     if not everything:
         queues = [q for q in queues if q[0] == tenant.name]
     kv = 100 * state.get("kv_used", 0) / max(1, state.get("kv_blocks", 1))
-    hits = 100 * tiers.get("hits", 0) / max(1, tiers.get("asked", 0))
+    hits, best = (f"{100 * tiers.get(k, 1.0):.0f} %" for k in ("hit_rate", "best_hit_rate"))
     numbers = [
         ["requests running", f"{state.get('rows', 0)} of {state.get('max_rows', 0)}"], ["tokens per second",
          f"{state.get('tokens_s', 0):.0f}"], ["memory for tokens", f"{kv:.0f} %"],
@@ -99,7 +99,7 @@ def status(desk: Desk, serving: Serving, tenant: Tenant, everything: bool) -> di
     if everything:
         numbers += [
             ["requests waiting", str(state.get("waiting", 0))], ["variants resident", str(len(resident))],
-            ["resident when asked", f"{hits:.0f} %"], ["preempted", str(state.get("preempted", 0))],
+            ["resident when asked", hits], ["best possible", best], ["preempted", str(state.get("preempted", 0))],
         ]  # fmt: skip
     return {"alive": bool(state.get("alive")), "failure": state.get("failure", "") if everything else "not answering",
             "numbers": numbers, "variants": lines, "queues": [[t, str(n)] for t, n in queues[:_MOST]]}  # fmt: skip
