@@ -1,9 +1,10 @@
 """The serving engine: one thread that answers many requests, each by its own variant, in one running batch.
 
 Every step computes one token for each row that decodes, and at most `prefill_tokens` of the prompts that have begun;
-where a tenant is heavy beside the others, their prompts go first and alone, and its own in smaller pieces. Requests wait in a queue that is fair between tenants; a row that ends, or is preempted, leaves its keys and values for
-whoever has the same prefix under the same variant. A variant's identity is the hash of its content: nothing here
-knows a name, so nothing here can change under a request.
+where a tenant is heavy beside the others, their prompts go first and alone, and its own in smaller pieces. Requests
+wait in a queue that is fair between tenants; a row that ends, or is preempted, leaves its keys and values for whoever
+has the same prefix under the same variant. A variant's identity is the hash of its content: nothing here knows a name,
+so nothing here can change under a request.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Tiers:
         self.bank, self.places, self.fetch, self.folder = bank, places, fetch, folder
         self.host_bytes, self.half_life, self.loaded = host_bytes, half_life, loaded
         self.pinned: frozenset[str] = frozenset()
-        self.log: deque[tuple[str, bool]] = deque(maxlen=_LOGGED)  # the variant each request asked; whether it was resident
+        self.log: deque[tuple[str, bool]] = deque(maxlen=_LOGGED)  # what each request asked; was it resident
         self._rates: tuple[float, float, float] = (float("-inf"), 1.0, 1.0)
         self.hits = self.asked = self.loads = self.evictions = 0
         self._packed: OrderedDict[str, Packed] = OrderedDict()

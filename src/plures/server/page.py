@@ -102,4 +102,5 @@ def status(desk: Desk, serving: Serving, tenant: Tenant, everything: bool) -> di
             ["resident when asked", hits], ["best possible", best], ["preempted", str(state.get("preempted", 0))],
         ]  # fmt: skip
     return {"alive": bool(state.get("alive")), "failure": state.get("failure", "") if everything else "not answering",
-            "numbers": numbers, "variants": lines, "queues": [[t, str(n)] for t, n in queues[:_MOST]]}  # fmt: skip
+            "numbers": numbers, "variants": lines, "queues": [[t, str(n)] for t, n in queues[:_MOST]],
+            "replicas": state.get("replicas", []) if everything else []}  # fmt: skip
