@@ -40,6 +40,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"r": 1}),
     ("lora", {"r": 6, "alpha": 8.0}),
     ("vera", {"r": 9}),
+    ("full", {}),
 ]
 
 

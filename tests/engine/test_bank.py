@@ -55,6 +55,7 @@ def test_packed_files_are_mapped_proven_and_made_anew(
     base: Base, variants: dict[str, Variant], tmp_path: Path, engine: Callable[..., Engine]
 ) -> None:
     fetched: list[str] = []
+    variants = {i: v for i, v in variants.items() if v.method != "full"}  # what has no factors is not packed
 
     def fetch(identity: str) -> Variant:
         fetched.append(identity)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plures.adapt import Adapter
+from plures.adapt import Method
+from plures.core.errors import WrongUse
 from plures.tensors.rng import rng
 from plures.tensors.site import Site, grouped
 
@@ -30,12 +31,17 @@ class Laid:
         )
 
 
-def lay(method: Adapter, sites: Sequence[Site], seed: int) -> Laid:
+def lay(method: Method, sites: Sequence[Site], seed: int) -> Laid:
     """Draw every tensor of `method` for `sites`, each from the stream of its own name.
 
     Under `with torch.device("meta")` nothing is drawn or allocated, so that a plan for any base costs nothing.
+    Raises: WrongUse where the method reads the base's weight and there is none to read.
     """
     name = type(method).card.name  # type: ignore[attr-defined]
+    blind = next((s for s in sites if s.W is None), None)
+    if "W" in getattr(method, "needs", ()) and blind is not None and torch.get_default_device().type != "meta":
+        raise WrongUse(f"{name} starts from the base's weight, and that of {blind.name!r} cannot be read (a quantised "
+                       "base is not unpacked); use the unquantised base, or another method")  # fmt: skip
     group_of = {s.name: method.group(s) for s in sites}
     groups = grouped(sites, group_of)
     pools = {g: dict(method.pool(members, rng(seed, name, "pool", g))) if g else {} for g, members in groups.items()}
@@ -44,7 +50,7 @@ def lay(method: Adapter, sites: Sequence[Site], seed: int) -> Laid:
     return Laid(tuple(placed), group_of, own, {g: p for g, p in pools.items() if p})
 
 
-def count_trained(method: Adapter, sites: Sequence[Site]) -> int:
+def count_trained(method: Method, sites: Sequence[Site]) -> int:
     """How many numbers `method` would train on `sites`; allocates nothing."""
     with torch.device("meta"):
         return lay(method, sites, 0).trained(method.frozen)

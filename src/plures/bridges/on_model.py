@@ -138,7 +138,8 @@ def as_lora(variant: Variant) -> Variant:
         return variant
     method = adapts.make(variant.method, **variant.options)
     if not hasattr(method, "factors"):
-        raise WrongUse(f"a {variant.method!r} variant has no low-rank factors; export it merged (--as merged) instead")
+        other = "export it merged (--as merged)" if hasattr(method, "weight") else "export it as it is (--as peft)"
+        raise WrongUse(f"a {variant.method!r} variant has no low-rank factors; {other} instead")
     own, rank = {}, 0
     for site in variant.sites:
         B, A = method.factors(variant.own[site.name], variant.pool.get(variant.group_of[site.name], {}))
@@ -151,8 +152,14 @@ def as_lora(variant: Variant) -> Variant:
 
 @torch.no_grad()
 def merge_into(model: Any, variant: Variant) -> Any:
-    """`model`, a fresh base, with the variant's deltas added to its weights in place."""
-    method = adapts.make(variant.method, **variant.options)
+    """`model`, a fresh base, with the variant's deltas added to its weights in place.
+
+    Raises: WrongUse for a method that no weight stands for; BadInput where the base is another.
+    """
+    method: Any = adapts.make(variant.method, **variant.options)
+    if not hasattr(method, "weight"):
+        raise WrongUse(f"a {variant.method!r} variant acts on each token by itself: no merged model is the same; "
+                       "serve it, or export it as it is (--as peft)")  # fmt: skip
     modules = dict(model.named_modules())
     for site in variant.sites:
         module = modules.get(site.name)

@@ -143,6 +143,7 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         self.methods: dict[str, Any] = {}
         self.sites: dict[str, Site] = {}
         self.owners: dict[str, PluresLayer | None] = {}
+        self.auxiliary: dict[str, Tensor] = {}  # what the last forward pass in training adds to the loss
         self._merged_deltas: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
 
@@ -200,6 +201,9 @@ class PluresLayer(nn.Module, BaseTunerLayer):
         if hasattr(method, "factors"):
             B, A = method.factors(own, pool)
             return B @ A
+        if not hasattr(method, "weight"):
+            raise WrongUse(f"{method.card.name} acts on each token by itself: no weight stands for it, so it cannot be "
+                           "merged or summed; serve it, or export it as it is")  # fmt: skip
         W = self.base_weight().float()
         return method.weight(W, own, pool) - W
 
@@ -236,14 +240,18 @@ class PluresLayer(nn.Module, BaseTunerLayer):
                 self.set_base_weight(W.T if self.transposed else W)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """All methods here add to the weight."""
-        return True
+        """Whether the method adds to the weight."""
+        return hasattr(self.methods.get(adapter_name), "weight")
 
     def _adapt(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         own, pool = self.tensors(adapter)
         method = self.methods[adapter]
         dtype = next((t.dtype for t in (*own.values(), *pool.values()) if t.is_floating_point()), x.dtype)
         x = self.plures_dropout[adapter](self._cast_input_dtype(x, dtype))
+        if self.training and hasattr(method, "aux"):
+            self.auxiliary[adapter] = method.aux(x, own, pool)
+        if hasattr(method, "act"):
+            return method.act(x, y, own, pool)
         if hasattr(method, "forward"):
             return method.forward(x, y, own, pool)
         W = self.base_weight().to(x.dtype)
@@ -408,6 +416,15 @@ class PluresModel(BaseTuner):
             layer.plan(adapter_name, config.make(), 0.0)
             layer.fill(adapter_name, replace(site_of(layer), W=None), own, None, None)
             layer.set_requires_grad(adapter_name, False)
+
+
+def take_auxiliary(model: nn.Module) -> Tensor | None:
+    """What the last forward pass in training adds to the loss, over all sites; None where no method adds anything."""
+    layers = [m for m in model.modules() if isinstance(m, PluresLayer) and m.auxiliary]
+    terms = [term for layer in layers for term in layer.auxiliary.values()]
+    for layer in layers:
+        layer.auxiliary = {}
+    return torch.stack([t.float().to(terms[0].device) for t in terms]).sum() if terms else None
 
 
 def site_of(layer: PluresLayer) -> Site:

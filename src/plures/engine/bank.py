@@ -1,5 +1,7 @@
 """The shard bank: variants in memory as the server reads them, MoS as pools and index tables, LoRA as it is.
 
+A method without factors is kept as its tensors and computed by its own `forward` or `act`, each row by itself.
+
 A variant is first packed: one run of float32 for every distinct tensor, one run of int16 for its index tables, and for
 every site nine numbers that say where its parts lie. Making it resident copies those runs into the bank's arena; a run
 that several variants have (a shared pool) is there once. Nothing is padded: rank, shards per vector and which sites
@@ -9,7 +11,7 @@ are adapted are each variant's own.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,18 +56,41 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A site that its method computes: the output `[n, out]` from what goes in `[n, into]` and the base's output."""
+
+    place: Place
+    run: Callable[..., Tensor]
+    own: Mapping[str, Tensor]
+    pool: Mapping[str, Tensor]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.run(x, y, self.own, self.pool)
+
+    def to(self, device: torch.device) -> Whole:
+        """The same on a device."""
+        own, pool = ({k: t.to(device) for k, t in room.items()} for room in (self.own, self.pool))
+        return replace(self, own=own, pool=pool)
+
+
+@dataclass(frozen=True)
 class Packed:
-    """A variant ready to be copied into a bank: float runs by key, one index run, and its sites."""
+    """A variant ready to be copied into a bank: float runs by key, one index run, and its sites.
+
+    `whole` are the sites of a method without factors, computed by the method itself; `whole_bytes` their tensors.
+    """
 
     identity: str
     runs: Mapping[str, Floats]
     index: Shorts
     sites: tuple[Site, ...]
+    whole: tuple[Whole, ...] = ()
+    whole_bytes: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes that it takes in an arena that shares nothing with others."""
-        return sum(r.nbytes for r in self.runs.values()) + self.index.nbytes
+        return sum(r.nbytes for r in self.runs.values()) + self.index.nbytes + self.whole_bytes
 
 
 def _run(t: Tensor) -> Floats:
@@ -76,9 +101,9 @@ def pack(variant: Variant, places: Mapping[str, Place], identity: str = "") -> P
     """`variant` as the bank takes it.
 
     A method that says which `shards` its factors are made of (MoS) stays in that form; any other low-rank one goes in
-    as its factors, with every row its own shard.
+    as its factors, with every row its own shard; one without factors is computed by its `act` or `forward`.
 
-    Raises: Unavailable for a method that has no factors, whole parameters (`modules_to_save`), or a site that the
+    Raises: Unavailable for a method that has none of these, whole parameters (`modules_to_save`), or a site that the
         native model has no place for.
     """
     said = f"variant {identity[:12] or variant.provenance.get('name', '')} ({variant.method})"
@@ -86,15 +111,16 @@ def pack(variant: Variant, places: Mapping[str, Place], identity: str = "") -> P
     if variant.extra:
         raise Unavailable(f"{said} retrained whole parameters ({', '.join(sorted(variant.extra)[:3])}); "
                           "export it merged and serve that as a base of its own")  # fmt: skip
+    for site in variant.sites:
+        if site.name not in places:
+            raise Unavailable(f"{said} adapts {site.name!r}, which the server does not adapt; export it merged")
     if not hasattr(method, "factors"):
-        raise Unavailable(f"{said} is not low-rank: export it merged and serve that as a base of its own")
+        return _whole(variant, method, places, identity, said)
     runs: dict[str, Floats] = {}
     index: list[Shorts] = []
     n_index, longest, sites = 0, 0, []
     for site in variant.sites:
-        place = places.get(site.name)
-        if place is None:
-            raise Unavailable(f"{said} adapts {site.name!r}, which the server does not adapt; export it merged")
+        place = places[site.name]
         own, pool = variant.own[site.name], variant.pool.get(variant.group_of[site.name], {})
         if hasattr(method, "shards") and max(map(len, (pool["A"], pool["B"]))) <= _MOST_ROWS:
             table, scale = method.shards(own, pool)
@@ -123,6 +149,25 @@ def pack(variant: Variant, places: Mapping[str, Place], identity: str = "") -> P
     )  # fmt: skip
     whole = np.concatenate([*index, np.arange(longest, dtype=np.int16)]).astype(np.int16)
     return Packed(identity or variant.identity(), {keyed[k]: run for k, run in runs.items()}, whole, named)
+
+
+def _whole(variant: Variant, method: Any, places: Mapping[str, Place], identity: str, said: str) -> Packed:
+    """A variant whose sites are computed by the method itself."""
+    run = getattr(method, "act", None) or getattr(method, "forward", None)
+    if run is None:
+        raise Unavailable(f"{said} reads the base's weight: export it merged and serve that as a base of its own")
+
+    def floats(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: t.float() if t.is_floating_point() else t for k, t in leaves.items()}
+
+    pools = {group: floats(leaves) for group, leaves in variant.pool.items()}
+    rooms = [floats(variant.own[s.name]) for s in variant.sites]
+    whole = tuple(
+        Whole(places[s.name], run, own, pools.get(variant.group_of[s.name], {}))
+        for s, own in zip(variant.sites, rooms, strict=True)
+    )
+    n = sum(t.nbytes for leaves in (*rooms, *pools.values()) for t in leaves.values())
+    return Packed(identity or variant.identity(), {}, np.zeros(0, np.int16), (), whole, n)
 
 
 class Room:
@@ -182,11 +227,17 @@ class Bank:
         self._runs: dict[str, _Kept] = {}
         self._held: dict[str, tuple[Packed, int]] = {}
         self._empty = list(range(slots - 1, -1, -1))
+        self._whole: dict[tuple[int, int], dict[int, list[Whole]]] = {}
+        self._whole_bytes = 0
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the arenas in use."""
-        return 4 * self._floats.used + 2 * self._shorts.used
+        """Bytes of the arenas in use, and of what is kept whole."""
+        return 4 * self._floats.used + 2 * self._shorts.used + self._whole_bytes
+
+    def whole(self, layer: int, group: int) -> Mapping[int, Sequence[Whole]]:
+        """By slot, the sites of one group that their method computes."""
+        return self._whole.get((layer, group), {})
 
     @property
     def empty(self) -> int:
@@ -197,7 +248,8 @@ class Bank:
         """Make a variant resident; returns its slot, or None where there is no slot or no room for it now."""
         if packed.identity in self.slots:
             return self.slots[packed.identity]
-        if not self._empty:
+        full = packed.whole_bytes and self.used_bytes + packed.whole_bytes > 4 * self._floats.size
+        if not self._empty or full:
             return None
         taken: list[str] = []
         for key, run in packed.runs.items():
@@ -211,7 +263,7 @@ class Bank:
                 kept = self._runs[key] = _Kept(at, run.size, 0)
             kept.users += 1
             taken.append(key)
-        first = self._take_index(packed.index)
+        first = self._take_index(packed.index) if packed.index.size else 0
         slot = self._empty.pop()
         for rows in self.sites:
             for group in rows:
@@ -221,6 +273,9 @@ class Bank:
             self.sites[s.place.layer][s.place.group][slot, s.place.at] = (
                 a, b, first + s.ia, first + s.ib, scale, s.r, s.l, s.w, s.wo
             )  # fmt: skip
+        for site in packed.whole:
+            self._whole.setdefault((site.place.layer, site.place.group), {}).setdefault(slot, []).append(site)
+        self._whole_bytes += packed.whole_bytes
         self.slots[packed.identity], self._held[packed.identity] = slot, (packed, first)
         return slot
 
@@ -228,8 +283,12 @@ class Bank:
         """Take a variant out; no row may be using it."""
         slot = self.slots.pop(identity)
         packed, first = self._held.pop(identity)
-        self._shorts.give(first, packed.index.size)
+        if packed.index.size:
+            self._shorts.give(first, packed.index.size)
         self._drop(list(packed.runs))
+        for key in {(site.place.layer, site.place.group) for site in packed.whole}:
+            del self._whole[key][slot]
+        self._whole_bytes -= packed.whole_bytes
         self._empty.append(slot)
 
     def _drop(self, keys: Sequence[str]) -> None:

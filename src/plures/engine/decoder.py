@@ -122,6 +122,11 @@ class Work:
         rows = np.flatnonzero(flat.slots >= 0)
         return cls(rows, flat.slots[rows], [c for c in flat.chunks if c.slot >= 0])
 
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Every adapted row and chunk as (first token, one past the last, slot)."""
+        rows = [(int(row), int(row) + 1, int(slot)) for row, slot in zip(self.rows, self.slots, strict=True)]
+        return rows + [(c.first, c.first + c.n, c.slot) for c in self.chunks]
+
 
 @dataclass
 class _Layer:
@@ -216,7 +221,7 @@ class Decoder:
             def adapted(group: int, into: Tensor, i: int = i, layer: _Layer = layer) -> Tensor:
                 y = layer.linears[group](into)
                 if bank is not None:
-                    y = add_deltas(bank.sites[i][group], self.columns[group], self.widths[group], into, y, work, bank)
+                    y = add_deltas(bank, i, group, self.columns[group], self.widths[group], into, y, work)
                 return y
 
             qkv = adapted(QKV, rms_norm(x, (self.hidden,), layer.norm_in, self.eps))
@@ -249,14 +254,16 @@ class Decoder:
         return torch.cat((q, k, v), dim=-1)
 
 
-def add_deltas(sites: Any, columns: Any, widths: Sequence[int], x: Tensor, y: Tensor, work: Work, bank: Bank) -> Tensor:
+def add_deltas(
+    bank: Bank, layer: int, group: int, columns: Any, widths: Sequence[int], x: Tensor, y: Tensor, work: Work
+) -> Tensor:
     """`y [T, sum of widths]` with every adapted row's delta added, in float32, for the sites of one projection group.
 
-    `sites` are the bank's numbers of that group, `columns` where each site's output begins. Rows of the base have no
-    part in what is computed.
+    `columns` are where each site's output begins. Rows of the base have no part in what is computed.
     """
     if not len(work.rows) and not work.chunks:
         return y
+    sites, whole = bank.sites[layer][group], bank.whole(layer, group)
     x32, y32 = x.float().contiguous(), y.float().contiguous()
     if len(work.rows):
         add_adapters(x32.numpy(), y32.numpy(), work.rows, work.slots, bank.arena, bank.index, sites, columns)
@@ -266,6 +273,11 @@ def add_deltas(sites: Any, columns: Any, widths: Sequence[int], x: Tensor, y: Te
             if sites[chunk.slot, t, 5]:
                 at = int(columns[t])
                 _add_chunk(x32[span], y32[span, at : at + width], sites[chunk.slot, t], bank)
+    for first, end, slot in work.spans() if whole else ():  # row by row, so that its numbers are those of being alone
+        for site in whole.get(slot, ()):
+            at = int(columns[site.place.at])
+            out = y32[first:end, at : at + widths[site.place.at]]
+            out.copy_(site(x32[first:end], out.clone()))
     return y32.to(y.dtype)
 
 

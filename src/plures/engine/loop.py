@@ -126,7 +126,9 @@ def learning_rate(s: Settings, step: int) -> float:
 class Trainer:
     """Trains the parameters of `model` that require a gradient, and remembers how far it got in `folder`."""
 
-    def __init__(self, model: nn.Module, settings: Settings, folder: Path, events: Events) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, folder: Path, events: Events,
+                 auxiliary: Callable[[nn.Module], Tensor | None] = lambda _: None) -> None:  # fmt: skip
+        self.auxiliary = auxiliary  # what a forward pass adds to the mean loss, in nats
         self.model, self.settings, self.folder, self.events = model, settings, folder, events
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
@@ -196,8 +198,9 @@ class Trainer:
                 with _cast(self.model, s.autocast):
                     logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
                 loss, _ = summed_loss(logits, batch["labels"])
-                (loss / counted).backward()
                 nats += loss.item()
+                more = self.auxiliary(self.model)
+                (loss / counted if more is None else loss / counted + more / len(rows)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip or math.inf).item()
         if not math.isfinite(nats) or not math.isfinite(norm):
             raise BadInput(

@@ -31,6 +31,8 @@ def path_of(folder: Path, identity: str) -> Path:
 
 def keep(packed: Packed, folder: Path) -> bool:
     """Write a packed variant; False where the disk does not take it (it is served from memory then)."""
+    if packed.whole:  # computed by its method: there are no runs to map
+        return False
     at, runs = 0, {}
     for key, run in packed.runs.items():
         runs[key] = (at, run.size)

@@ -132,7 +132,7 @@ class Wrapped:
             assert x.shape[-2] == len(now.flat.tokens), "a site that sees some of the tokens only"
             flat = y.reshape(-1, y.shape[-1])
             lines = x.reshape(-1, x.shape[-1])
-            got = add_deltas(now.bank.sites[i][0], _FIRST_COLUMN, self._widths[i], lines, flat, now.work, now.bank)
+            got = add_deltas(now.bank, i, 0, _FIRST_COLUMN, self._widths[i], lines, flat, now.work)
             return got.view(y.shape)
 
         return add

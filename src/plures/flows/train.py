@@ -18,7 +18,7 @@ from plures.adapt import adapts
 from plures.adapt._lay import count_trained
 from plures.bridges.adapter_folder import WEIGHTS, write_folder
 from plures.bridges.on_model import capture, put_on, take_off
-from plures.bridges.peft import PluresConfig
+from plures.bridges.peft import PluresConfig, take_auxiliary
 from plures.core.errors import BadInput, StoreBusy, WrongUse, disk
 from plures.core.events import Events, JsonLines, Sink, environment
 from plures.core.recipe import dump, to_dict
@@ -262,7 +262,7 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
         if loop.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        trainer = Trainer(model, settings, folder, events)
+        trainer = Trainer(model, settings, folder, events, take_auxiliary)
         events.emit("start", name=recipe.name, method=name, steps=steps, trained=planned.trained, rows=len(rows),
                     batches=len(batches), sites=len(planned.sites))  # fmt: skip
         if resume:
