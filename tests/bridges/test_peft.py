@@ -28,15 +28,22 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 from plures.adapt import adapts
 from plures.bridges.peft import PluresConfig, PluresLayer, PluresModel, config_for
 from plures.core.errors import WrongUse
+from rows import ADAPT
 
-OPTIONS: dict[str, dict[str, Any]] = {"mos": {"r": 2, "e": 2, "l": 4, "p": 1}, "lora": {"r": 4}, "vera": {"r": 16}}
-OTHER: dict[str, dict[str, Any]] = {"mos": {"r": 6, "e": 3, "l": 2, "p": 0}, "lora": {"r": 2}, "vera": {"r": 8}}
+OPTIONS: dict[str, dict[str, Any]] = {m: row.options for m, row in ADAPT.items()} | {
+    "mos": {"r": 2, "e": 2, "l": 4, "p": 1}, "lora": {"r": 4}, "vera": {"r": 16},
+}  # fmt: skip
+OTHER: dict[str, dict[str, Any]] = {m: row.variants[0] for m, row in ADAPT.items() if row.variants} | {
+    "mos": {"r": 6, "e": 3, "l": 2, "p": 0}, "lora": {"r": 2}, "vera": {"r": 8},
+}  # fmt: skip
+MERGES = [m for m in adapts if hasattr(adapts[m], "weight")]
 POOLED = ("mos", "vera")
 LOW_RANK = [m for m in adapts if hasattr(adapts[m], "factors")]
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 8, 4, 4, 6], [1, 1, 30, 2, 0], [9, 3, 11, 8, 5]])
 
 every = pytest.mark.parametrize("method", sorted(adapts))
+merging = pytest.mark.parametrize("method", sorted(MERGES))
 
 
 def base(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> LlamaForCausalLM:
@@ -149,7 +156,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, use_reentr
         torch.testing.assert_close(checkpointed[name], grad, rtol=1e-4, atol=1e-7)
 
 
-@every
+@merging
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_bases(method: str, dtype: torch.dtype) -> None:
     model = get_peft_model(base(dtype=dtype), config(method)).eval()
@@ -217,7 +224,7 @@ def test_a_missing_tensor_is_told(tmp_path: Path) -> None:
         PeftModel.from_pretrained(base(), tmp_path)
 
 
-@every
+@merging
 def test_modules_to_save_and_trained_tokens_round_trip(method: str, tmp_path: Path) -> None:
     model = adapted(method, modules_to_save=["lm_head"], trainable_token_indices={"embed_tokens": [1, 5]})
     grads = backward(model.train())
@@ -317,7 +324,7 @@ def test_a_failed_injection_leaves_no_trace() -> None:
     assert len(sites(good, "bad")) == len(sites(good))
 
 
-@every
+@merging
 def test_conv1d_of_gpt2(method: str, tmp_path: Path) -> None:
     def gpt2() -> GPT2LMHeadModel:
         torch.manual_seed(0)
@@ -336,7 +343,7 @@ def test_conv1d_of_gpt2(method: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model.merge_and_unload()), with_adapter, rtol=1e-4, atol=1e-5)
 
 
-@every
+@merging
 def test_layers_of_one_type_and_several_shapes(method: str) -> None:
     class Tower(nn.Module):
         def __init__(self) -> None:
@@ -534,7 +541,7 @@ def test_modules_to_save_in_a_mixed_batch() -> None:
 # Merging. -----------------------------------------------------------------------------------------------------------
 
 
-@every
+@merging
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_and_unmerge(method: str, safe_merge: bool) -> None:
     model, weights = adapted(method), {k: v.clone() for k, v in base().state_dict().items()}
@@ -555,7 +562,7 @@ def test_merge_and_unmerge(method: str, safe_merge: bool) -> None:
     torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-5)
 
 
-@every
+@merging
 def test_several_adapters_merge_as_they_act(method: str) -> None:
     model = adapted(method)
     model.add_adapter("other", config("full", seed=2))
@@ -567,7 +574,7 @@ def test_several_adapters_merge_as_they_act(method: str) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
 
 
-@every
+@merging
 def test_a_broken_adapter_is_not_merged_safely(method: str) -> None:
     model = adapted(method)
     weights = {k: v.clone() for k, v in base().state_dict().items()}
@@ -738,7 +745,7 @@ class Int8Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
 
 
-@every
+@merging
 def test_a_quantised_base_is_adapted_but_not_merged(method: str) -> None:
     model = base()
     for layer in model.model.layers:

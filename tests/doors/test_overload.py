@@ -53,23 +53,23 @@ async def offer(url: str, rate: float, seconds: float) -> list[tuple[int, str]]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_four_times_too_much_is_refused_and_forgotten(own_fleet: Path) -> None:
-    with serving(own_fleet, "--rows", "2", "--kv-tokens", "512") as (child, url):
-        with httpx.Client(base_url=url, timeout=60) as http:
-            before = http.post("/v1/completions", json=BODY).json()["choices"]
-            asyncio.run(offer(url, 100, 0.3))  # warm
-            began = time.monotonic()
-            answered = Counter(status for status, _ in asyncio.run(offer(url, 60, 0.8)))
-            each_s = (time.monotonic() - began) / answered[200]
-            memory = resident_mb(child.pid)
-            told = asyncio.run(offer(url, 4 / each_s, SECONDS))
-            statuses = Counter(status for status, _ in told)
-            assert set(statuses) == {200, 429} and min(statuses.values()) > 5, statuses
-            assert all(int(after) >= 1 for status, after in told if status == 429)
-            assert resident_mb(child.pid) - memory < 100
-            assert http.post("/v1/completions", json=BODY).json()["choices"] == before
-            state = http.get("/status.json").json()
-            assert state["alive"] and ["requests running", "0 of 2"] in state["numbers"], state["numbers"]
-            assert ["requests waiting", "0"] in state["numbers"]
+    size = ("--rows", "2", "--kv-tokens", "512")
+    with serving(own_fleet, *size) as (child, url), httpx.Client(base_url=url, timeout=60) as http:
+        before = http.post("/v1/completions", json=BODY).json()["choices"]
+        asyncio.run(offer(url, 100, 0.3))  # warm
+        began = time.monotonic()
+        answered = Counter(status for status, _ in asyncio.run(offer(url, 60, 0.8)))
+        each_s = (time.monotonic() - began) / answered[200]
+        memory = resident_mb(child.pid)
+        told = asyncio.run(offer(url, 4 / each_s, SECONDS))
+        statuses = Counter(status for status, _ in told)
+        assert set(statuses) == {200, 429} and min(statuses.values()) > 5, statuses
+        assert all(int(after) >= 1 for status, after in told if status == 429)
+        assert resident_mb(child.pid) - memory < 100
+        assert http.post("/v1/completions", json=BODY).json()["choices"] == before
+        state = http.get("/status.json").json()
+        assert state["alive"] and ["requests running", "0 of 2"] in state["numbers"], state["numbers"]
+        assert ["requests waiting", "0"] in state["numbers"]
 
 
 def test_with_a_full_disk_it_still_answers(own_fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from rows import sites
 
 
 def llama(hidden: int, kv: int, ffn: int, layers: int = 32) -> list[Site]:
-    return sites(hidden, ffn, layers, kv)
+    return sites(hidden, ffn, layers, kv, weights=False)
 
 
 @pytest.mark.parametrize(("r", "l", "p"), [(2, 1, 0), (8, 4, 1), (16, 8, 1), (32, 16, 0)])
