@@ -53,6 +53,15 @@ class LoopPart:
 
 
 @dataclass
+class StartPart:
+    """Start from a variant of the fleet instead of from the base."""
+
+    variant: str = opt("", "a variant of the same method and options, e.g. shared@1; none: start as the base")
+    take: list[str] = opt(default_factory=list, help="tensors to take over, by their names, e.g. [A, B]; none: all")
+    freeze: list[str] = opt(default_factory=list, help="tensors that stay as they are there, e.g. [A, B]")
+
+
+@dataclass
 class TrainRecipe:
     """`plures train`: from rows to a published variant."""
 
@@ -68,6 +77,7 @@ class TrainRecipe:
     layers: list[int] = opt(default_factory=list, help="layer numbers to adapt; none: all")
     modules_to_save: list[str] = opt(default_factory=list, help="modules to train whole, e.g. [lm_head]")
     dropout: float = opt(0.0, "dropout on the adapter's input", ge=0.0, lt=1.0)
+    start: StartPart = field(default_factory=StartPart)
     train: LoopPart = field(default_factory=LoopPart)
     aliases: list[str] = opt(default_factory=list, help="aliases to point at the new version, e.g. [prod]")
     seed: int = opt(0, "seed of every random number of the run", ge=0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from plures.adapt import adapts
-from plures.adapt._lay import count_trained
+from plures.adapt._lay import lay
 from plures.bridges.adapter_folder import WEIGHTS, write_folder
 from plures.bridges.on_model import capture, put_on, take_off
 from plures.bridges.peft import PluresConfig, take_auxiliary
@@ -25,6 +25,7 @@ from plures.core.recipe import dump, to_dict
 from plures.engine.data import Batches, Example, Rows, encode, held_out, read_rows, split_rows
 from plures.engine.loop import Outcome, Score, Settings, Trainer, evaluate
 from plures.engine.model import Base, empty_base, find_sites, load_base
+from plures.flows import start
 from plures.flows.recipes import TrainRecipe
 from plures.store import Score as Measured
 from plures.store import Store, Version
@@ -76,7 +77,10 @@ def plan(recipe: TrainRecipe) -> Plan:
     with Store.open(Path(recipe.fleet)) as store:
         base = empty_base(store.base)
     sites = tuple(find_sites(base, recipe.targets, recipe.layers))
-    trained = count_trained(method, sites)
+    with torch.device("meta"):
+        laid = lay(method, sites, 0)
+    start.check(recipe.start, laid, method.frozen)
+    trained = laid.trained(method.frozen | frozenset(recipe.start.freeze))
     for module in recipe.modules_to_save:
         found = [m for n, m in base.named_modules() if n == module or n.endswith("." + module)]
         if not found:
@@ -112,7 +116,7 @@ def _said(folder: Path) -> dict[str, Any] | None:
     return said
 
 
-def _begin(recipe: TrainRecipe, folder: Path, rows: Rows) -> None:
+def _begin(recipe: TrainRecipe, folder: Path, rows: Rows, started_from: str) -> None:
     """Write down what the run is of; one that is there already must be of the same recipe and rows.
 
     A checkpoint of another seed has the same shapes, and one of other rows stops at the same step: only this tells.
@@ -120,6 +124,8 @@ def _begin(recipe: TrainRecipe, folder: Path, rows: Rows) -> None:
     """
     free = ("fleet", "run", "tensorboard", "aliases", "train")
     said = {k: v for k, v in to_dict(recipe).items() if k not in free} | {"rows": rows.fingerprint}
+    if started_from:  # an alias that has moved would mix two starts
+        said["started_from"] = started_from
     path = folder / "of.json"
     before = _said(folder)
     if before is not None:
@@ -170,14 +176,15 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
             )
         events = _events(recipe, folder, sinks)
         try:
-            _begin(recipe, folder, train_rows)
+            before = start.find(recipe, store)
+            _begin(recipe, folder, train_rows, before[0].identity if before else "")
             if recipe.train.threads:
                 torch.set_num_threads(recipe.train.threads)
             loaded = base or load_base(store.base, dtype=recipe.train.base_dtype, device=device(recipe.train.device))
-            variant, outcome = _fit(planned, loaded, train_rows, score_rows, folder, events, resume)
+            variant, outcome = _fit(planned, loaded, train_rows, score_rows, folder, events, resume, before)
             _keep(folder, variant, recipe.name)
-            scores = _scores(outcome.score, recipe)
-            version = store.publish(variant, recipe.name, aliases=recipe.aliases, scores=scores)
+            scores, parents = _scores(outcome.score, recipe), [before[0].ref] if before else []
+            version = store.publish(variant, recipe.name, aliases=recipe.aliases, scores=scores, parents=parents)
             events.emit("done", version=version.ref, identity=version.identity, steps=outcome.steps,
                         trained=planned.trained, n_bytes=version.n_bytes)  # fmt: skip
         finally:
@@ -238,8 +245,8 @@ def _rows(recipe: TrainRecipe, rows: Rows | None, held: Rows | None) -> tuple[Ro
 
 
 def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path, events: Events,
-         resume: bool) -> tuple[Variant, Outcome]:  # fmt: skip
-    """Put the method on the base, train it, and take it off again as a variant."""
+         resume: bool, before: tuple[Version, Variant] | None) -> tuple[Variant, Outcome]:  # fmt: skip
+    """Put the method on the base, train it from where `before` left off, and take it off again as a variant."""
     recipe, loop = planned.recipe, planned.recipe.train
     examples = encode(rows, base.tokenizer, max_tokens=recipe.data.max_tokens)
     pad = pad_id(base)
@@ -259,6 +266,8 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
     )  # fmt: skip
     model = put_on(base.model, config, "default")
     try:
+        if before:
+            start.take_over(model, "default", before[1], recipe.start)
         if loop.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -272,6 +281,8 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
             OnDevice(batches, base.model.device), scorer(model, scored, recipe, base) if scored else None
         )
         facts = provenance(recipe, rows, planned, steps, outcome)
+        if before:
+            facts["start"] = {"variant": before[0].ref, "identity": before[0].identity}
         return capture(model, "default", base.ref, facts), outcome
     finally:
         take_off(model)
