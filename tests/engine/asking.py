@@ -41,6 +41,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"r": 6, "alpha": 8.0}),
     ("vera", {"r": 9}),
     ("full", {}),
+    ("fleet_mos", {"r": 4, "e": 2, "l": 2, "p": 1}),
 ]
 
 

@@ -122,7 +122,8 @@ def pack(variant: Variant, places: Mapping[str, Place], identity: str = "") -> P
     for site in variant.sites:
         place = places[site.name]
         own, pool = variant.own[site.name], variant.pool.get(variant.group_of[site.name], {})
-        if hasattr(method, "shards") and max(map(len, (pool["A"], pool["B"]))) <= _MOST_ROWS:
+        sharded = hasattr(method, "shards") and not hasattr(method, "rest")
+        if sharded and max(map(len, (pool["A"], pool["B"]))) <= _MOST_ROWS:
             table, scale = method.shards(own, pool)
             _, r, l = table.shape
             a, b = (f"{variant.group_of[site.name]}/{leaf}" for leaf in "AB")
