@@ -145,7 +145,7 @@ def test_no_row_ever_differs_from_being_alone(
             answer = ask(single, prompt, identity, **how)
             finish(single, answer)
             alone[key] = answer.ids
-    busy = engine(rows=7, slots=3, kv_tokens=320, prefill_tokens=16)
+    busy = engine(rows=7, slots=3, kv_tokens=256, prefill_tokens=16)
     rng, answers, dropped = random.Random(seed), [], 0
     for prompt, identity, how in wanted:
         answers.append(ask(busy, prompt, identity, tenant=rng.choice("abc"), **how))
