@@ -90,5 +90,48 @@ class TrainRecipe:
         return str(rest.pop("method", "mos")), rest
 
 
-RECIPES: dict[str, type] = {"train": TrainRecipe}
+@dataclass
+class TenantPart:
+    """One tenant's rows."""
+
+    name: str = opt(help="the tenant")
+    train: str = opt(help="rows to train on")
+    valid: str = opt(help="rows that choose the learning rate and are not reported")
+    test: str = opt(help="rows that are scored and reported")
+
+
+@dataclass
+class ContenderPart:
+    """One method at one size, or at several."""
+
+    method: str = opt(help="a method of plures, or with peft: true the name of a PEFT config such as IA3 or VBLORA")
+    options: dict[str, Scalar | list[str]] = opt(default_factory=dict, help="the method's options, e.g. {l: 4}")
+    size: str = opt("", "the option that sets the size, e.g. r")
+    sizes: list[float] = opt(default_factory=list, help="its values: each is a contender of its own")
+    lr: float = opt(7e-3, "middle of the learning-rate search", gt=0.0)
+    name: str = opt("", "what it is called; none: the method, with the size")
+    peft: bool = opt(False, "PEFT's own method, trained in the same loop; it is not kept in the fleet")
+
+
+@dataclass
+class BenchRecipe:
+    """`plures bench`: methods at several sizes on the same base and rows, with equal care for each."""
+
+    base: str = opt(help="hub id or folder of the base")
+    tenants: list[TenantPart] = opt(help="whose rows")
+    contenders: list[ContenderPart] = opt(help="what is compared")
+    search_tenant: str = opt("", "the tenant on which rates are searched, left out of the scores; none: the first")
+    rates: int = opt(3, "learning rates tried at first, a factor of two apart", ge=1, le=9)
+    most_rates: int = opt(5, "at most, where the best lies at an edge", ge=1, le=15)
+    seeds: int = opt(3, "runs of every cell", ge=1)
+    steps: int = opt(100, "optimizer steps of every run", ge=1)
+    batch_rows: int = opt(4, "windows in one step", ge=1)
+    max_tokens: int = opt(256, "tokens of one window", ge=2)
+    targets: str | list[str] = opt("all-linear", "sites")
+    autocast: bool = opt(False, "forward passes in bfloat16")
+    workers: int = opt(0, "processes, each with one thread; 0: as many as cores, at most 4", ge=0)
+    out: str = opt("bench", "folder of the results, and of a fleet with every reported variant")
+
+
+RECIPES: dict[str, type] = {"train": TrainRecipe, "bench": BenchRecipe}
 """By verb, for `plures recipe <verb>`."""
