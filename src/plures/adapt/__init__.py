@@ -15,6 +15,7 @@ Optional members of an `Adapter`:
     factors(own, pool): `(B, A)` with `delta = B A`, so that the variant exports to plain LoRA without loss.
     shards(own, pool): `(rows [2, r, l], scale [r])` where A and B are rows of the pool's leaves "A" and "B" put side
         by side, so that the server keeps the pools and never builds the factors.
+    rest(own, pool): with `shards`, the low-rank `(B, A)` that stands beside them, or None.
 """
 
 from __future__ import annotations

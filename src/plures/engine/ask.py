@@ -101,6 +101,7 @@ class Serving(Protocol):
     """What the doors need of an engine. Every method may be called from any thread."""
 
     context: int  # tokens that prompt and answer may have together
+    waits: bool  # whether `submit` waits for another process; it is called in a thread then
 
     @property
     def alive(self) -> bool:

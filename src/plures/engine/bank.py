@@ -41,7 +41,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Site:
-    """One packed site: keys of its runs for A, B and scale, offsets in the index run, and r, l, into/l, out/l."""
+    """One packed site: keys of its runs for A, B and scale, offsets in the index run, and r, l, into/l, out/l.
+
+    A method whose factors are shards and a low-rank rest beside them has two, of `part` 0 and 1.
+    """
 
     place: Place
     a: str
@@ -53,6 +56,10 @@ class Site:
     l: int
     w: int
     wo: int
+    part: int = 0
+
+
+PARTS = 2
 
 
 @dataclass(frozen=True)
@@ -122,27 +129,30 @@ def pack(variant: Variant, places: Mapping[str, Place], identity: str = "") -> P
     for site in variant.sites:
         place = places[site.name]
         own, pool = variant.own[site.name], variant.pool.get(variant.group_of[site.name], {})
-        sharded = hasattr(method, "shards") and not hasattr(method, "rest")
-        if sharded and max(map(len, (pool["A"], pool["B"]))) <= _MOST_ROWS:
+        if hasattr(method, "shards") and max(map(len, (pool["A"], pool["B"]))) <= _MOST_ROWS:
             table, scale = method.shards(own, pool)
             _, r, l = table.shape
             a, b = (f"{variant.group_of[site.name]}/{leaf}" for leaf in "AB")
             for key, t in ((a, pool["A"]), (b, pool["B"])):
                 if key not in runs:
                     runs[key] = _run(t)
-            ia, ib = n_index, n_index + r * l
             index.append(table.to(torch.int16).numpy().reshape(-1))
+            s = f"scale/{site.name}" if "scale" in own or "gate" in own else f"scale/{r}"
+            runs.setdefault(s, _run(scale))
+            sites.append(Site(place, a, b, s, n_index, n_index + r * l, r, l, site.into // l, site.out // l))
             n_index += table.numel()
+            low, part = method.rest(own, pool) if hasattr(method, "rest") else None, 1
         else:
-            B, A = method.factors(own, pool)
-            r, l, ia, ib = A.shape[0], 1, -1, -1
-            longest = max(longest, r)
-            a, b = f"{site.name}/A", f"{site.name}/B"
-            runs[a], runs[b], scale = _run(A), _run(B.T), torch.ones(r)
-        if r > MOST_RANKS:
+            low, part = method.factors(own, pool), 0
+        if low is not None:
+            B, A = low
+            longest = max(longest, r := A.shape[0])
+            a, b, s = f"{site.name}/A", f"{site.name}/B", f"ones/{r}"
+            runs[a], runs[b] = _run(A), _run(B.T)
+            runs.setdefault(s, _run(torch.ones(r)))
+            sites.append(Site(place, a, b, s, -1, -1, r, 1, site.into, site.out, part))
+        if max(found.r for found in sites) > MOST_RANKS:
             raise Unavailable(f"{said} has rank {r} at {site.name!r}; at most {MOST_RANKS} is served")
-        runs.setdefault(s := f"scale/{scale.tolist()}", _run(scale))
-        sites.append(Site(place, a, b, s, ia, ib, r, l, site.into // l, site.out // l))
     keyed = {key: f"{tensor_hash(torch.from_numpy(run))}" for key, run in runs.items()}
     named = tuple(
         replace(s, a=keyed[s.a], b=keyed[s.b], scale=keyed[s.scale], ia=n_index if s.ia < 0 else s.ia,
@@ -216,13 +226,14 @@ class Bank:
     """The resident variants, each in a slot, over one arena of floats and one of indices.
 
     `shape` has, for every projection group, the number of its sites; `sites[layer][group]` is what `add_adapters`
-    reads, `[slots, sites, FIELDS]`. `budget_bytes` bounds the floats; memory is touched only as it is used.
+    reads, `[slots, PARTS * sites, FIELDS]`: the first part of all sites, then the second. `budget_bytes` bounds the
+    floats; memory is touched only as it is used.
     """
 
     def __init__(self, layers: int, shape: Sequence[int], slots: int, budget_bytes: int) -> None:
         self.arena: Floats = np.empty(max(1, budget_bytes // 4), np.float32)
         self.index: Shorts = np.zeros(1 << 16, np.int16)
-        self.sites = [[np.zeros((slots, n, FIELDS), np.int64) for n in shape] for _ in range(layers)]
+        self.sites = [[np.zeros((slots, PARTS * n, FIELDS), np.int64) for n in shape] for _ in range(layers)]
         self.slots: dict[str, int] = {}
         self._floats, self._shorts = Room(self.arena.size), Room(self.index.size)
         self._runs: dict[str, _Kept] = {}
@@ -271,7 +282,8 @@ class Bank:
                 group[slot] = 0
         for s in packed.sites:
             a, b, scale = (self._runs[k].at for k in (s.a, s.b, s.scale))
-            self.sites[s.place.layer][s.place.group][slot, s.place.at] = (
+            numbers = self.sites[s.place.layer][s.place.group]
+            numbers[slot, s.part * (numbers.shape[1] // PARTS) + s.place.at] = (
                 a, b, first + s.ia, first + s.ib, scale, s.r, s.l, s.w, s.wo
             )  # fmt: skip
         for site in packed.whole:

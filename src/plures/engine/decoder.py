@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from plures.engine.bank import Bank, Place
+from plures.engine.bank import PARTS, Bank, Place
 from plures.engine.cache import BLOCK, Cache
 from plures.engine.kernels import add_adapters, attend, gather, rotate_and_keep
+from plures.engine.limits import host_memory
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GROUPS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
@@ -159,7 +160,7 @@ class Decoder:
         widths = {"self_attn.q_proj": self.n_q * self.d, "mlp.down_proj": self.hidden, "self_attn.o_proj": self.hidden,
                   "mlp.gate_proj": self.ffn, "mlp.up_proj": self.ffn}  # fmt: skip
         self.columns = [
-            np.cumsum([0, *(widths.get(n, self.n_kv * self.d) for n in names)])[:-1].astype(np.int64)
+            np.tile(np.cumsum([0, *(widths.get(n, self.n_kv * self.d) for n in names)])[:-1].astype(np.int64), PARTS)
             for names in GROUPS
         ]
         self.widths = [[widths.get(n, self.n_kv * self.d) for n in names] for names in GROUPS]
@@ -178,6 +179,15 @@ class Decoder:
     def cache(self, tokens: int, share: bool) -> Cache:
         """An empty cache that holds `tokens` tokens."""
         return Cache(self.n_layers, self.n_kv, self.d, -(-tokens // BLOCK), share)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values, float32."""
+        return 8 * self.n_layers * self.n_kv * self.d
+
+    def memory(self) -> int:
+        """Bytes of the memory that caches are in."""
+        return host_memory()
 
     def _layer(self, weights: Mapping[str, Tensor], config: Any, i: int) -> _Layer:
         at = f"model.layers.{i}."
@@ -259,7 +269,7 @@ def add_deltas(
 ) -> Tensor:
     """`y [T, sum of widths]` with every adapted row's delta added, in float32, for the sites of one projection group.
 
-    `columns` are where each site's output begins. Rows of the base have no part in what is computed.
+    `columns` are where the output of each site begins, for every part. Rows of the base are left as they are.
     """
     if not len(work.rows) and not work.chunks:
         return y
@@ -269,7 +279,7 @@ def add_deltas(
         add_adapters(x32.numpy(), y32.numpy(), work.rows, work.slots, bank.arena, bank.index, sites, columns)
     for chunk in work.chunks:
         span = slice(chunk.first, chunk.first + chunk.n)
-        for t, width in enumerate(widths):
+        for t, width in enumerate([*widths] * PARTS):
             if sites[chunk.slot, t, 5]:
                 at = int(columns[t])
                 _add_chunk(x32[span], y32[span, at : at + width], sites[chunk.slot, t], bank)

@@ -23,7 +23,9 @@ class Settings:
         share_prefixes: whether equal prefixes of one variant are computed once.
         spare_rows: rows beside these, for the requests of other tenants while one is heavy; -1 takes a quarter.
         policy: "vtc", fair between tenants, or "fcfs", first come first served.
-        bfloat16: whether the base runs in bfloat16 (adapters, attention and logits stay float32).
+        bfloat16: whether the base runs in bfloat16 (on the CPU adapters, attention and logits stay float32).
+        device: "cpu", "cuda", or "auto": CUDA where there is one, triton is installed and the base is native.
+        engines: that share this machine; where kv_tokens is 0, each takes its part of that quarter.
     """
 
     rows: int = 32
@@ -36,15 +38,19 @@ class Settings:
     spare_rows: int = -1
     policy: str = "vtc"
     bfloat16: bool = False
+    device: str = "auto"
+    engines: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rows", "prefill_tokens", "slots", "bank_bytes", "host_bytes"):
+        for name in ("rows", "prefill_tokens", "slots", "bank_bytes", "host_bytes", "engines"):
             if getattr(self, name) < 1:
                 raise WrongUse(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.spare_rows < -1:
             raise WrongUse(f"spare_rows must be 0 or more, or -1 for a quarter of rows, got {self.spare_rows}")
         if self.kv_tokens < 0:
             raise WrongUse(f"kv_tokens must be at least 0, got {self.kv_tokens}; 0 takes a quarter of the memory")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise WrongUse(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
         if self.policy not in ("vtc", "fcfs"):
             raise WrongUse(f"policy must be 'vtc' or 'fcfs', got {self.policy!r}")
 
@@ -55,10 +61,12 @@ class Settings:
             return 0
         return self.rows // 4 if self.spare_rows < 0 else self.spare_rows
 
-    def tokens_kept(self, bytes_per_token: int, context: int) -> int:
-        """Tokens whose keys and values are kept: as asked, or by the machine's memory; one whole request at least."""
-        most = self.kv_tokens
-        if not most:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            most = min(65_536, memory // 4 // bytes_per_token)
+    def tokens_kept(self, bytes_per_token: int, context: int, memory: int) -> int:
+        """Tokens whose keys and values are kept: as asked, or by `memory` in bytes; one whole request at least."""
+        most = self.kv_tokens or min(65_536, memory // 4 // self.engines // bytes_per_token)
         return max(most, context)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

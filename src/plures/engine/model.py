@@ -116,6 +116,23 @@ def reference(name: str, revision: str = "") -> BaseRef:
     return BaseRef(str(folder.resolve()) if local else name, revision, fingerprint(folder))
 
 
+def load_tokenizer(ref: BaseRef, *, check: bool = True) -> Base:
+    """A base without its model: what prompts are encoded with.
+
+    Raises: BadInput where the weights are not those of `ref.hash`, or the folder is damaged.
+    """
+    folder = locate(ref.name, ref.revision)
+    weight_files(folder)
+    if check and ref.hash and fingerprint(folder) != ref.hash:
+        raise BadInput(f"base {ref.name!r} is not the one this fleet was made for: its weights have changed. "
+                       "Point the fleet at the original, or begin a new fleet.")  # fmt: skip
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadInput(f"base {ref.name!r} cannot be loaded: {_first_sentence(error)}") from error
+    return Base(None, tokenizer, ref, folder)
+
+
 def load_base(ref: BaseRef, *, dtype: str = "float32", device: str = "cpu", check: bool = True) -> Base:
     """Load a causal language model and its tokenizer.
 
@@ -123,24 +140,19 @@ def load_base(ref: BaseRef, *, dtype: str = "float32", device: str = "cpu", chec
     """
     if dtype not in DTYPES:
         raise WrongUse(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    folder = locate(ref.name, ref.revision)
-    weight_files(folder)
-    if check and ref.hash and fingerprint(folder) != ref.hash:
-        raise BadInput(f"base {ref.name!r} is not the one this fleet was made for: its weights have changed. "
-                       "Point the fleet at the original, or begin a new fleet.")  # fmt: skip
+    base = load_tokenizer(ref, check=check)
     quiet.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            base.folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadInput(f"base {ref.name!r} cannot be loaded: {_first_sentence(error)}") from error
     lacking = sorted(report["missing_keys"])
     if lacking:  # transformers would make them up at random
         raise BadInput(f"base {ref.name!r} lacks the weight {lacking[0]!r} ({len(lacking)} in all): its files are of "
                        "another model than its config.json")  # fmt: skip
-    return Base(model.to(device).eval(), tokenizer, ref, folder)
+    return Base(model.to(device).eval(), base.tokenizer, ref, base.folder)
 
 
 def empty_base(ref: BaseRef) -> Any:

@@ -21,7 +21,7 @@ from plures.engine.bank import Packed, Place, Site
 from plures.tensors import safe
 
 FOLDER = "packed"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 def path_of(folder: Path, identity: str) -> Path:

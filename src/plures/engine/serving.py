@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ from plures.tensors.variant import Variant
 
 _PIECE = 4  # a heavy tenant's prompts are computed this much at a time less than `prefill_tokens`
 
+def decoder_of(model: Any, settings: Settings) -> Decoder | Wrapped:
+    """What computes for this model: native on the CPU or a CUDA device, or its own module.
+
+    Raises: WrongUse for an architecture that a device does not take; MissingExtra without triton.
+    """
+    dtype, why = torch.bfloat16 if settings.bfloat16 else torch.float32, why_not_native(model.config)
+    there = not why and torch.cuda.is_available() and find_spec("triton") is not None
+    if settings.device == "cuda" or (settings.device == "auto" and there):
+        if why:
+            raise WrongUse(f"this base is served on the CPU only: {why}; leave --device out")
+        from plures.engine.device import DeviceDecoder  # triton is an extra
+
+        return DeviceDecoder(model, dtype, "cuda")
+    return Wrapped(model, dtype) if why else Decoder(model, dtype)
+
+
 class Engine:
     """Answers requests from a base and any number of its variants; see `Serving` for what doors call.
 
@@ -51,12 +68,9 @@ class Engine:
         folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.base, self.settings = base, settings
-        dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
-        native = not why_not_native(base.model.config)
-        self.decoder: Decoder | Wrapped = Decoder(base.model, dtype) if native else Wrapped(base.model, dtype)
-        d = self.decoder
+        self.decoder = d = decoder_of(base.model, settings)
         self.context = d.context
-        kept = settings.tokens_kept(8 * d.n_layers * d.n_kv * d.d, d.context)
+        kept = settings.tokens_kept(d.token_bytes, d.context, d.memory())
         self.cache, self.bank = d.cache(kept, settings.share_prefixes), d.bank(settings.slots, settings.bank_bytes)
         self._lock = threading.Condition()
         self.tiers = Tiers(

@@ -17,14 +17,15 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from plures.core.errors import WrongUse
-from plures.engine.bank import Bank, Place
+from plures.engine.bank import PARTS, Bank, Place
 from plures.engine.cache import BLOCK, Cache
 from plures.engine.decoder import Chunk, Flat, Work, add_deltas, attend_chunk
 from plures.engine.kernels import attend, rotate_and_keep
+from plures.engine.limits import host_memory
 from plures.engine.model import find_sites
 
 NAME = "plures"
-_FIRST_COLUMN = np.zeros(1, np.int64)
+_FIRST_COLUMN = np.zeros(PARTS, np.int64)
 
 
 def _attention(
@@ -114,6 +115,15 @@ class Wrapped:
     def places(self) -> dict[str, Place]:
         """Where every site stands in the bank: each is a group of its own."""
         return self._places
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values, float32."""
+        return 8 * self.n_layers * self.n_kv * self.d
+
+    def memory(self) -> int:
+        """Bytes of the memory that caches are in."""
+        return host_memory()
 
     def bank(self, slots: int, budget_bytes: int) -> Bank:
         """An empty bank for this model's sites."""
