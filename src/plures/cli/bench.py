@@ -21,7 +21,7 @@ def command(
 
     from plures.core.errors import WrongUse
     from plures.core.recipe import load
-    from plures.flows.bench import bench
+    from plures.flows.bench import bench, on_ray, processes
     from plures.flows.recipes import BenchRecipe
 
     said = recipe or []
@@ -38,7 +38,7 @@ def command(
         out = next((r.removeprefix("out=") for r in said if r.startswith("out=")), "bench")
         source = of_the_demo(Path(out))
     loaded = load(BenchRecipe, source, [r for r in said if "=" in r], where=files[0] if files else "bench")
-    told = bench(loaded, ray=on == "ray", say=lambda text: typer.echo(text, err=True))
+    told = bench(loaded, on=on_ray if on else processes, say=lambda text: typer.echo(text, err=True))
     if json:
         say_json(told)
         return

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -239,11 +239,11 @@ class Cells:
         self.path, self.done = Path(recipe.out) / CELLS, dict[str, dict[str, Any]]()
         self.tenants = {t.name: t for t in recipe.tenants}
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # a line cut short by a kill
-                    continue
+            with disk(self.path), self.path.open("r+b") as f:
+                whole = f.read()
+                f.truncate(whole.rfind(b"\n") + 1)  # a line cut short by a kill
+            for line in whole[: whole.rfind(b"\n") + 1].splitlines():
+                row = json.loads(line)
                 self.done[Cell(**{k: row[k] for k in Cell.__dataclass_fields__}).key()] = row
 
     def all(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -280,9 +280,11 @@ def _cell(name: str, part: ContenderPart, options: dict[str, Any], tenant: str, 
     return Cell(name, part.method, options, part.peft, tenant, split, lr, seed)
 
 
-def bench(recipe: BenchRecipe, *, ray: bool = False, say: Say = lambda _: None) -> dict[str, Any]:
+def bench(recipe: BenchRecipe, *, on: Callable[[int], AbstractContextManager[Pool]] = processes,
+          say: Say = lambda _: None) -> dict[str, Any]:  # fmt: skip
     """Run what is not done yet of a comparison, write its report, and return the summary.
 
+    `on` says where cells run: `processes` of this machine, or `on_ray`.
     Writes `cells.jsonl`, `cells.csv`, `summary.json` and `report.html` into `recipe.out`.
     Raises: WrongUse for contenders or tenants that do not fit together, and where the folder is of another recipe.
     """
@@ -307,7 +309,7 @@ def bench(recipe: BenchRecipe, *, ray: bool = False, say: Say = lambda _: None) 
     safe.write_bytes(before, said.encode())
     Fleet(out / FLEET, base=recipe.base).close()
     scored = [n for n in names if n != chosen]
-    with (on_ray if ray else processes)(recipe.workers) as pool:
+    with on(recipe.workers) as pool:
         cells = Cells(recipe, pool, say)
         rates = search(cells, made, chosen)
         rows = cells.all([_cell(n, *made[n], t, "test", rates[n], s)
