@@ -99,19 +99,23 @@ def papers_page() -> str:
     rows = []
     for kind, c in sorted(cards(), key=lambda pair: (pair[1].paper == "none", pair[1].paper)):
         line = recipe_line(options_of(folders()[kind][c.name]), c.name)
-        rows.append((paper_link(c.paper), cell(c.title), f"[{c.name}](methods/{c.name}.md)", f"`{line}`"))
+        page = f"[{c.name}](methods/{c.name}.md)"
+        rows.append((paper_link(c.paper), cell(c.title), page, cell(c.summary), f"`{line}`"))
+    every = table("paper | title | method | what it does | recipe", rows)
     return (
         f"# From the paper to the recipe\n\n{MARK}Each paper that a method implements, and the recipe's line for it."
-        f"\n\n{table('paper | title | method | recipe', rows)}\n\nWhere a method departs from its paper is said on its "
-        "page. The recipes of the MoS paper's ablation are in [mos.md](mos.md#the-papers-ablation-as-recipes).\n"
+        f"\n\n{every}\n\nWhere a method departs from its paper is said on its page. The recipes of the MoS paper's "
+        "ablation are in [mos.md](mos.md#the-papers-ablation-as-recipes).\n"
     )
 
 
 def methods_table() -> str:
-    """README's table of capabilities and methods."""
-    rows = [(f"`{kind}`", f"[{c.name}](docs/methods/{c.name}.md)", c.status, paper_link(c.paper), cell(c.summary))
-            for kind, c in cards()]  # fmt: skip
-    return table("capability | method | status | paper | what it does", rows)
+    """README's table of capabilities: their methods, each a link to its page; what each does is on docs/papers.md."""
+    links: dict[str, list[str]] = {}
+    for kind, c in cards():
+        mark = "" if c.status == "stable" else f" ({c.status})"
+        links.setdefault(kind, []).append(f"[{c.name}](docs/methods/{c.name}.md){mark}")
+    return table("capability | methods", [(f"`{kind}`", " · ".join(found)) for kind, found in links.items()])
 
 
 def verb_helps() -> Iterator[tuple[str, str]]:
