@@ -1,4 +1,4 @@
-"""The desk of a fleet of one's own."""
+"""The desk of a fleet of one's own; a server of it whose batches run, and clients of two tenants."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from batching import pieces
+from fakes import FakeServing, served
+from openai import OpenAI
 
+from plures.flows.batch_run import Runner
 from plures.flows.desk import Desk
+from plures.server.app import make_app
+from plures.server.batch_form import make_runner
+from plures.store.access import Tenant
 
 
 @pytest.fixture
@@ -15,3 +22,45 @@ def own_desk(own_fleet: Path) -> Iterator[Desk]:
     made = Desk(own_fleet)
     yield made
     made.close()
+
+
+@pytest.fixture
+def two_desk(own_desk: Desk) -> Desk:
+    """Of two tenants that see different variants."""
+    own_desk.access.put_tenant(Tenant("acme", variants=("mos", "lora")), "me")
+    own_desk.access.put_tenant(Tenant("rival", variants=("vera",), base=False), "me")
+    return own_desk
+
+
+@pytest.fixture
+def backwards() -> FakeServing:
+    """An engine that says the prompt backwards."""
+    return FakeServing(pieces)
+
+
+@pytest.fixture
+def runner(two_desk: Desk, backwards: FakeServing) -> Iterator[Runner]:
+    made = make_runner(two_desk, backwards, None)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def batch_url(two_desk: Desk, backwards: FakeServing, runner: Runner) -> Iterator[str]:
+    with served(make_app(two_desk, backwards, runner=runner)) as address:
+        yield address
+
+
+@pytest.fixture
+def acme(two_desk: Desk, batch_url: str) -> Iterator[OpenAI]:
+    key = two_desk.access.make_key("acme", "me")[1]
+    with OpenAI(base_url=f"{batch_url}/v1", api_key=key, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def rival(two_desk: Desk, batch_url: str) -> Iterator[OpenAI]:
+    key = two_desk.access.make_key("rival", "me")[1]
+    with OpenAI(base_url=f"{batch_url}/v1", api_key=key, max_retries=0) as made:
+        yield made

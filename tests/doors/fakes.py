@@ -28,6 +28,8 @@ def words(*texts: str) -> Script:
 class FakeServing:
     """A `Serving` whose every answer is a script: pieces to deliver, seconds or events to wait for."""
 
+    waits = False
+
     def __init__(self, script: Script | None = None, context: int = 4096) -> None:
         self.context = context
         self._numbers, self._lock = itertools.count(1), threading.Lock()

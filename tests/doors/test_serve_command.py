@@ -97,7 +97,11 @@ def test_a_stop_finishes_what_runs(own_fleet: Path) -> None:
         assert "stopping" in out
 
 
-@pytest.mark.parametrize(("options", "said"), [(["--host", "0.0.0.0"], "keys"), (["--rows", "0"], "rows")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--host", "0.0.0.0"], "keys"), (["--rows", "0"], "rows"), (["--on", "rays"], "'ray'"),
+     (["--replicas", "2"], "--on ray"), (["--on", "ray", "--replicas", "0"], "replicas")],
+)  # fmt: skip
 def test_wrong_settings_are_one_line(own_fleet: Path, options: list[str], said: str) -> None:
     argv = [sys.executable, "-m", "plures", "serve", "--fleet", str(own_fleet), "--port", "0", "--open", *options]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)

@@ -20,33 +20,46 @@ def command(
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Run the base in bfloat16.")] = False,
     threads: Annotated[int, typer.Option(help="Threads to compute with; 0: as torch chooses.")] = 0,
     grace: Annotated[float, typer.Option(help="Seconds that running requests are given at a stop.")] = 30.0,
+    on: Annotated[str, typer.Option(help="'ray': from several processes, by Ray Serve.")] = "",
+    replicas: Annotated[int, typer.Option(help="Processes with an engine each, on ray.")] = 1,
     fleet: FleetOption = "",
 ) -> None:
-    """Serve every variant of a fleet with OpenAI's API, from one process."""
+    """Serve every variant of a fleet with OpenAI's API, from one process or (--on ray) from several."""
     import signal
     import threading
 
     import torch
 
+    from plures.core.errors import WrongUse
     from plures.engine.limits import Settings
+    from plures.server.on_ray import OnRay
     from plures.server.run import Service
 
+    if on not in ("", "ray"):
+        raise WrongUse(f"--on {on!r} is not known; 'ray' is, or leave it out for one process")
+    if replicas != 1 and not on:
+        raise WrongUse("--replicas needs --on ray; without it there is one process")
     if threads:
         torch.set_num_threads(threads)
     settings = Settings(rows=rows, slots=slots, kv_tokens=kv_tokens, bfloat16=bfloat16)
     asked = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: asked.set())
-    service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port or None, open=open)
+    service: Service | OnRay
+    if on:
+        service = OnRay(fleet_path(fleet), settings, replicas=replicas, threads=threads, grace_s=grace, host=host,
+                        port=port, admin_port=admin_port or None, open=open)  # fmt: skip
+    else:
+        service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port or None, open=open)
     service.start()
     typer.echo(f"serving {fleet_path(fleet)} at {service.url}/v1" + (f", administration at {service.admin_url}/admin"
                if admin_port else ""))  # fmt: skip
     if not open:
         typer.echo("callers need a key: plures key TENANT; --open serves your own machine without")
     while not asked.wait(1.0):
-        if not service.engine.alive:
+        if service.failure:
             break
-    failed = service.engine.failure
+    failed = service.failure
     typer.echo("stopping: running requests are finished first")
     service.stop(grace)
     if failed:

@@ -1,31 +1,27 @@
 """Answer a file of requests, each by its own variant: ordered so that what is shared is computed once, resumable.
 
-Lines are ordered by variant, then by prompt, so that requests of one variant and with one beginning stand together (the
-prefix tree of BatchLLM, arXiv:2412.03594, walked depth first); variants whose answers are long against their prompts go
-first, so that their decoding runs beside the prompts of the others. Answers are appended to `<out>.part` as they end;
-when all are there, they are written to `out` in the order of the requests. A run that was killed goes on from the part.
+How they are asked, and in what order: `flows.asking`. Answers are appended to `<out>.part` as they end; when all are
+there, they are written to `out` in the order of the requests. A run that was killed goes on from the part.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from plures.core.errors import BadInput, PluresError, StoreBusy, WrongUse, disk, nearest
+from plures.core.errors import BadInput, DiskTrouble, PluresError, WrongUse, disk, nearest
 from plures.engine.admit import Admission
-from plures.engine.ask import BASE, Ask, Overloaded, Piece, Prompt, Sampling, Serving, Unavailable
+from plures.engine.ask import BASE, Ask, Piece, Prompt, Sampling, Serving, Unavailable
 from plures.engine.limits import Settings
 from plures.engine.model import load_base
 from plures.engine.packed import FOLDER
 from plures.engine.serving import Engine
+from plures.flows.asking import Feed, Line, Look, ask_all, in_order
+from plures.flows.part import Part, Row
 from plures.store import Store
 from plures.tensors import safe
 from plures.tensors.variant import Variant
@@ -108,16 +104,7 @@ def _request(line: str, at: int, where: str) -> Request:
 
 def order(asks: Sequence[tuple[Request, Ask]]) -> list[tuple[Request, Ask]]:
     """Requests as they should be asked: by variant, the longest answers against prompts first, then by prompt."""
-    new, old = dict[str, int](), dict[str, int]()
-    for _, ask in asks:
-        new[ask.variant] = new.get(ask.variant, 0) + ask.how.max_tokens
-        old[ask.variant] = old.get(ask.variant, 0) + len(ask.tokens)
-
-    def key(pair: tuple[Request, Ask]) -> tuple[float, str, tuple[int, ...], int]:
-        request, ask = pair
-        return -new[ask.variant] / max(1, old[ask.variant]), ask.variant, ask.tokens, request.at
-
-    return sorted(asks, key=key)
+    return in_order(asks, lambda p: Look(p[1].variant, p[1].how.max_tokens, len(p[1].tokens), p[1].tokens))
 
 
 def answer(serving: Serving, requests: Path, out: Path, resolve: Resolve, *, window: int = 128,
@@ -132,14 +119,14 @@ def answer(serving: Serving, requests: Path, out: Path, resolve: Resolve, *, win
     if out.exists():
         raise WrongUse(f"{str(out)!r} exists; name another file, or remove it")
     wanted = read_requests(requests)
-    with _part(out.with_name(out.name + ".part"), requests) as part:
+    with Part(out.with_name(out.name + ".part"), safe.file_hash(requests)) as part:
         asks = _asks(serving, part, [r for r in wanted if r.id not in part.done], resolve)
         before = len(part.done)
-        _run(serving, part, order(asks), window, lambda: told(len(part.done), len(wanted)))
-        done = [part.done[r.id] for r in wanted]
-        safe.write_bytes(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done).encode())
+        lines = (_line(request, ask, part) for request, ask in order(asks))
+        ask_all(serving, Feed(part, lines, lambda: told(len(part.done), len(wanted))), window)
+        safe.write_chunks(out, part.lines(r.id for r in wanted))
     part.path.unlink()
-    return Answered(len(wanted), before, len(wanted) - before, sum("error" in row for row in done))
+    return Answered(len(wanted), before, len(wanted) - before, part.failed)
 
 
 def answer_fleet(
@@ -172,138 +159,37 @@ def answer_fleet(
             engine.stop(0)
 
 
-class _Part:
-    """The file of answers so far: a head that says of what, then one answer a line."""
-
-    def __init__(self, path: Path, file: IO[bytes], head: dict[str, Any], done: dict[str, Any]) -> None:
-        self.path, self.file, self.head, self.done = path, file, head, done
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one line, in the file before this returns (a kill loses nothing that was written)."""
-        with disk(self.path):
-            self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self.file.flush()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Note an answer."""
-        self.write(row)
-        self.done[row["id"]] = row
-
-
-@contextmanager
-def _part(path: Path, requests: Path) -> Iterator[_Part]:
-    """Open or begin the part, held for this process alone; a torn last line is cut off."""
-    import fcntl
-
-    digest = hashlib.sha256(requests.read_bytes()).hexdigest()
-    with disk(path), path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreBusy(f"another process answers into {str(path)!r}; wait for it, or name another file") from error
-        file.seek(0)
-        whole = file.read()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        file.truncate(len(whole))
-        rows = [json.loads(line) for line in whole.splitlines()]
-        head: dict[str, Any] = rows[0] if rows else {"requests": digest, "variants": {}}
-        if head.get("requests") != digest:
-            raise BadInput(f"{str(path)!r} holds answers to other requests; restore them, or remove it to begin anew")
-        part = _Part(path, file, head, {})
-        if not rows:
-            part.write(head)
-        for row in rows[1:]:
-            if "variants" in row:
-                head["variants"] |= row["variants"]
-            else:
-                part.done[row["id"]] = row
-        yield part
-
-
-def _asks(serving: Serving, part: _Part, wanted: Sequence[Request], resolve: Resolve) -> list[tuple[Request, Ask]]:
+def _asks(serving: Serving, part: Part, wanted: Sequence[Request], resolve: Resolve) -> list[tuple[Request, Ask]]:
     """What to ask the engine; requests that cannot be put are answered with their error at once.
 
     A reference means, to the end of the file, what it meant when the run began: an alias that moves changes nothing.
     """
-    known: dict[str, list[str]] = part.head["variants"]
     asks = []
     for request in wanted:
         try:
-            if request.model not in known:
-                known[request.model] = list(resolve(request.model))
-                part.write({"variants": {request.model: known[request.model]}})
+            identity = part.meant(request.model, resolve)[1]
             tokens = tuple(serving.encode(request.prompt))
+        except DiskTrouble:
+            raise
         except PluresError as error:
             part.add({"id": request.id, "model": request.model, "error": str(error)})
             continue
-        asks.append((request, Ask("batch", known[request.model][1] or BASE, tokens, request.how)))
+        asks.append((request, Ask("batch", identity or BASE, tokens, request.how)))
     return asks
 
 
-def _run(
-    serving: Serving, part: _Part, asks: Sequence[tuple[Request, Ask]], window: int, tick: Callable[[], None]
-) -> None:
-    """Ask in order, `window` at a time, and write each answer as it ends."""
-    room, ready = threading.Semaphore(window), threading.Condition()
-    ended: list[tuple[Request, Ask, list[Piece]]] = []
+def _line(request: Request, ask: Ask, part: Part) -> Line:
+    """One request, and how its answer is written."""
+    row: Row = {"id": request.id, "model": part.head["variants"][request.model][0], "identity": ask.variant}
 
-    def deliver_to(request: Request, ask: Ask) -> Callable[[Piece], None]:
-        pieces: list[Piece] = []
+    def answered(all_pieces: Sequence[Sequence[Piece]]) -> Row:
+        (pieces,) = all_pieces
+        last, said = pieces[-1], row | {"text": "".join(p.text for p in pieces), "finish": pieces[-1].finish}
+        tokens = [t for p in pieces for t in p.tokens]
+        if tokens:
+            said["logprobs"] = [
+                {"token": t.text, "logprob": t.logprob, "top": [[text, p] for _, text, p in t.top]} for t in tokens
+            ]
+        return said | {"usage": {"prompt": last.n_prompt, "cached": last.n_cached, "new": last.n_new}}
 
-        def deliver(piece: Piece) -> None:
-            pieces.append(piece)
-            if piece.finish:
-                with ready:
-                    ended.append((request, ask, pieces))
-                    ready.notify()
-                room.release()
-
-        return deliver
-
-    def write_ended(block: bool) -> int:
-        with ready:
-            if block and not ended:
-                ready.wait(1.0)
-            batch = ended[:]
-            ended.clear()
-        for request, ask, pieces in batch:
-            part.add(_row(request, ask, pieces, part.head["variants"]))
-            tick()
-        return len(batch)
-
-    left = 0
-    for request, ask in asks:
-        while not room.acquire(timeout=0.1):
-            left -= write_ended(block=True)
-        while True:
-            try:
-                serving.submit(ask, deliver_to(request, ask))
-            except Overloaded as error:
-                if not serving.alive:
-                    raise BadInput(f"the engine stopped: {error}; run this again to go on") from error
-                left -= write_ended(block=True)
-                continue
-            except PluresError as error:
-                part.add({"id": request.id, "model": request.model, "error": str(error)})
-                room.release()
-                break
-            left += 1
-            break
-        left -= write_ended(block=False)
-    while left:
-        left -= write_ended(block=True)
-
-
-def _row(request: Request, ask: Ask, pieces: Sequence[Piece], variants: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """One answer as it is written."""
-    last = pieces[-1]
-    row: dict[str, Any] = {"id": request.id, "model": variants[request.model][0], "identity": ask.variant}
-    if last.finish in ("error", "cancelled"):
-        return row | {"error": last.error or "cancelled"}
-    row |= {"text": "".join(p.text for p in pieces), "finish": last.finish}
-    tokens = [t for p in pieces for t in p.tokens]
-    if tokens:
-        row["logprobs"] = [
-            {"token": t.text, "logprob": t.logprob, "top": [[text, p] for _, text, p in t.top]} for t in tokens
-        ]
-    return row | {"usage": {"prompt": last.n_prompt, "cached": last.n_cached, "new": last.n_new}}
+    return Line((ask,), answered, lambda error: row | {"error": str(error)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,8 +13,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import plures
 from plures.core.errors import PluresError
 from plures.engine.ask import Serving
+from plures.flows.batch_run import Runner
 from plures.flows.desk import Desk
-from plures.server import openai, page
+from plures.server import batches, openai, page
+from plures.server.batch_form import make_runner
 from plures.server.errors import Refused, install, shape
 from plures.server.metrics import Metrics
 from plures.store.access import Key, Tenant
@@ -28,23 +30,27 @@ _CSP = f"default-src 'none'; {_OWN}; base-uri 'none'; form-action 'none'; frame-
 class Edge:
     """The outermost ASGI layer: refuses a body of more than `most` bytes as soon as that is known, and counts refusals.
 
-    A length that is declared is believed where it is too large; else the bytes are counted as they come.
+    A length that is declared is believed where it is too large; else the bytes are counted as they come. `other` has
+    the paths whose bodies have another bound.
     """
 
-    def __init__(self, app: ASGIApp, most: int, refused: Callable[[str, int], None]) -> None:
-        self.app, self.most, self.refused = app, most, refused
+    def __init__(
+        self, app: ASGIApp, most: int, refused: Callable[[str, int], None], other: Mapping[str, int] | None = None
+    ) -> None:
+        self.app, self.most, self.refused, self.other = app, most, refused, other or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen, said = 0, f"the request is larger than {self.most} bytes"
+        most = self.other.get(scope["path"], self.most)
+        seen, said = 0, f"the request is larger than {most} bytes"
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self.most:
+            if seen > most:
                 raise Refused(413, said, "too_large", headers={"connection": "close"})
             return message
 
@@ -56,7 +62,7 @@ class Edge:
             await send(message)
 
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or len(declared) > 18 or int(declared) > self.most:
+        if not declared.isdigit() or len(declared) > 18 or int(declared) > most:
             body = shape(said, "invalid_request_error", "too_large")
             await JSONResponse(body, 413, {"connection": "close"})(scope, receive, noted)
             return
@@ -91,12 +97,18 @@ class Keys:
         return tenant
 
 
-def make_app(desk: Desk, serving: Serving, *, open: bool = False, max_body_bytes: int = MAX_BODY_BYTES) -> Any:
-    """The public ASGI app over a fleet's desk and an engine."""
+def make_app(
+    desk: Desk, serving: Serving, *, open: bool = False, max_body_bytes: int = MAX_BODY_BYTES,
+    max_file_bytes: int = batches.MAX_FILE_BYTES, runner: Runner | None = None,
+) -> Any:  # fmt: skip
+    """The public ASGI app over a fleet's desk and an engine; `runner` runs its batches, once it is started."""
     app = FastAPI(title="Plures", version=plures.__version__, docs_url=None, redoc_url=None)
     install(app)
     keys, metrics = Keys(desk, open), Metrics(serving)
     app.include_router(openai.router(desk, serving, metrics, keys.tenant))
+    runner = runner or make_runner(desk, serving, EVERYBODY if open else None)
+    runner.by.spent = metrics.spent
+    app.include_router(batches.router(runner, keys.tenant))
 
     @app.get("/healthz")
     def healthz() -> dict[str, str]:
@@ -147,4 +159,4 @@ def make_app(desk: Desk, serving: Serving, *, open: bool = False, max_body_bytes
         tenant = EVERYBODY if key is None or everything else desk.access.tenant(key.tenant)
         return Response(json.dumps(page.status(desk, serving, tenant, everything)), media_type="application/json")
 
-    return Edge(app, max_body_bytes, metrics.refused)
+    return Edge(app, max_body_bytes, metrics.refused, {"/v1/files": max_file_bytes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from plures.core.errors import BadInput, DiskTrouble, MissingExtra, PluresError, StoreBusy, Unreachable, WrongUse
 from plures.engine.ask import Overloaded, Unavailable
+from plures.flows.batch_disk import Missing
 from plures.flows.desk import NotFound
 
 _STATUS: tuple[tuple[type[PluresError], int, str], ...] = (
@@ -19,6 +21,7 @@ _STATUS: tuple[tuple[type[PluresError], int, str], ...] = (
     (MissingExtra, 501, "server_error"),
     (Unavailable, 503, "service_unavailable_error"),
     (NotFound, 404, "not_found_error"),
+    (Missing, 404, "not_found_error"),
     (WrongUse, 400, "invalid_request_error"),
     (StoreBusy, 409, "conflict_error"),
     (DiskTrouble, 507, "server_error"),
@@ -57,6 +60,14 @@ def shape(message: str, kind: str, code: str | None = None, param: str | None = 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def invalid_body(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The body for a request that pydantic finds these errors in."""
+    first = max(errors, key=lambda e: len(e["loc"]))  # of the forms a value may have, the nearest one
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    message = f"{where}: {first['msg']}" if where else str(first["msg"])
+    return shape(_plain(message), "invalid_request_error", None, where and _plain(where))
+
+
 def retry_after(seconds: float) -> dict[str, str]:
     """The header that says when to come back, in whole seconds."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
@@ -72,10 +83,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = max(error.errors(), key=lambda e: len(e["loc"]))  # of the forms a value may have, the nearest one
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
-        return JSONResponse(shape(_plain(message), "invalid_request_error", None, where and _plain(where)), 400)
+        return JSONResponse(invalid_body(error.errors()), 400)
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException) -> JSONResponse:

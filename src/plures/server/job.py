@@ -6,10 +6,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from plures.engine.ask import Piece, Serving
 from plures.flows.desk import Target
+from plures.server.answers import Answer
 from plures.server.metrics import Metrics
 from plures.store.access import Tenant
 
@@ -52,14 +52,9 @@ class Job:
     metrics: Metrics
     tenant: Tenant
     target: Target
-    chat: bool
-    n_prompts: int
-    logprobs: int | None
+    answer: Answer
     mailbox: Mailbox
     tickets: list[int]
-    id: str
-    created: int
-    fingerprint: str
     started: float
     clocks: dict[int, float]
 
@@ -67,12 +62,6 @@ class Job:
         """End what still runs."""
         for ticket in self.tickets:
             self.serving.cancel(ticket)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """The fields of every answer and chunk."""
-        said = {"id": self.id, "created": self.created, "model": self.target.ref}
-        return said | {"system_fingerprint": self.fingerprint}
 
     def deliver_to(self, choice: int) -> Callable[[Piece], None]:
         """What the engine calls with the pieces of a choice: counted when they come, read or not."""

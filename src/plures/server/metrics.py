@@ -88,14 +88,19 @@ class Metrics:
     def piece(self, tenant: str, ref: str, piece: Piece, since: float, first: bool) -> float:
         """Note a piece that came `since` the request, or the piece before; returns now, for the next one."""
         now = time.monotonic()
+        label = self.spent(tenant, ref, piece)
+        (self.first if first else self.between).labels(label).observe(now - since)
+        return now
+
+    def spent(self, tenant: str, ref: str, piece: Piece) -> str:
+        """Note the tokens of an answer, which its last piece says; returns the tenant's label."""
         with self._lock:
             label = self._tenant(tenant)
             if piece.finish:
                 computed = piece.n_prompt - piece.n_cached
                 for kind, n in (("prompt", computed), ("cached", piece.n_cached), ("new", piece.n_new)):
                     self._tokens.add(f"{label}\0{ref}", kind, n)
-        (self.first if first else self.between).labels(label).observe(now - since)
-        return now
+        return label
 
     def answered(self, tenant: str, started: float) -> None:
         """A request was answered whole."""

@@ -13,17 +13,13 @@ from typing import Any
 import uvicorn
 
 from plures.core.errors import BadInput, WrongUse
+from plures.engine.ask import Serving
 from plures.engine.limits import Settings
-from plures.engine.model import load_base
-from plures.engine.packed import FOLDER
-from plures.engine.schedule import Share
-from plures.engine.serving import Engine
 from plures.flows.desk import Desk
 from plures.server.admin import make_admin
-from plures.server.app import make_app
-from plures.store.access import Tenant
-
-REFRESH_S = 1.0
+from plures.server.app import EVERYBODY, make_app
+from plures.server.batch_form import make_runner
+from plures.server.keep import Keeper
 
 
 class Server(uvicorn.Server):
@@ -32,6 +28,63 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class Doors:
+    """The ports of a service: the public API's, and the administration's where it has one.
+
+    Raises: WrongUse where `open` is asked for beyond the loopback; BadInput where a port is taken.
+    """
+
+    def __init__(
+        self, desk: Desk, serving: Serving, *, host: str, port: int, admin_port: int | None, open: bool
+    ) -> None:  # fmt: skip
+        check_open(host, open)
+        self._runner = make_runner(desk, serving, EVERYBODY if open else None)
+        self._servers = [_listen(make_app(desk, serving, open=open, runner=self._runner), host, port)]
+        try:
+            if admin_port is not None:
+                self._servers.append(_listen(make_admin(desk, serving), host, admin_port))
+        except BaseException:
+            self._close()
+            raise
+        self._host = f"[{host}]" if ":" in host else host
+        self._threads: list[threading.Thread] = []
+
+    def url(self, at: int) -> str:
+        """Where the public API is (0), or the administration (1)."""
+        return f"http://{self._host}:{self._servers[at][1].getsockname()[1]}"
+
+    def start(self) -> None:
+        """Answer from now on; returns once the ports are open."""
+        for server, listening in self._servers:
+            thread = threading.Thread(target=server.run, args=([listening],), daemon=True, name="plures-http")
+            thread.start()
+            self._threads.append(thread)
+        while not all(server.started for server, _ in self._servers):
+            if not all(t.is_alive() for t in self._threads):
+                raise BadInput("the server could not start; its messages are above")
+            time.sleep(0.01)
+        self._runner.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Leave the batches for the next start, and close the ports."""
+        self._runner.stop()
+        for server, _ in self._servers:
+            server.should_exit = True
+        for thread in self._threads:
+            thread.join(grace_s)
+        self._close()
+
+    def _close(self) -> None:
+        for _, listening in self._servers:
+            listening.close()
+
+
+def check_open(host: str, open: bool) -> None:
+    """Raises: WrongUse where everybody on the network would be answered without a key."""
+    if open and host not in ("127.0.0.1", "::1", "localhost"):
+        raise WrongUse(f"open serving (no keys) on {host!r} would answer everybody; serve with keys: plures key")
 
 
 class Service:
@@ -48,95 +101,41 @@ class Service:
         self, fleet: str | Path, settings: Settings = Settings(), *, host: str = "127.0.0.1", port: int = 8000,
         admin_port: int | None = None, open: bool = False,
     ) -> None:  # fmt: skip
-        if open and host not in ("127.0.0.1", "::1", "localhost"):
-            raise WrongUse(f"open serving (no keys) on {host!r} would answer everybody; serve with keys: plures key")
+        check_open(host, open)
         self.desk = Desk(Path(fleet))
-        self._servers: list[tuple[Server, socket.socket]] = []
         try:
-            base = load_base(self.desk.store.base)
-            self._tenants: dict[str, Tenant] = {}
-            self._pins: frozenset[str] = frozenset()
-            self._known: frozenset[str] = frozenset()
-            folder = Path(fleet) / FOLDER
-            self.engine = Engine(base, self.desk.load, settings, share_of=self._share_of, folder=folder)
-            self.app = make_app(self.desk, self.engine, open=open)
-            self._servers.append(_listen(self.app, host, port))
-            if admin_port is not None:
-                self._servers.append(_listen(make_admin(self.desk, self.engine), host, admin_port))
+            self._keeper = Keeper(self.desk, settings)
+            self.engine = self._keeper.engine
+            self._doors = Doors(self.desk, self.engine, host=host, port=port, admin_port=admin_port, open=open)
         except BaseException:
-            for _, taken in self._servers:
-                taken.close()
             self.desk.close()
             raise
-        self._host = f"[{host}]" if ":" in host else host
-        self._threads: list[threading.Thread] = []
-        self._stopping = threading.Event()
-
-    def _share_of(self, name: str) -> Share:
-        tenant = self._tenants.get(name)
-        if tenant is None:
-            return Share()
-        return Share(tenant.weight, tenant.concurrency, tenant.rate, tenant.tokens_per_minute)
 
     @property
     def url(self) -> str:
         """Where the public API is."""
-        return f"http://{self._host}:{self._port(0)}"
+        return self._doors.url(0)
 
     @property
     def admin_url(self) -> str:
         """Where the administration is."""
-        return f"http://{self._host}:{self._port(1)}"
+        return self._doors.url(1)
 
-    def _port(self, at: int) -> int:
-        port: int = self._servers[at][1].getsockname()[1]
-        return port
+    @property
+    def failure(self) -> str:
+        """Why no more requests are answered; "" while they are."""
+        return self.engine.failure or ("" if self.engine.alive else "the engine does not run")
 
     def start(self) -> Service:
         """Answer from now on; returns once the ports are open."""
-        self._refresh()
-        self.engine.start()
-        for server, listening in self._servers:
-            thread = threading.Thread(target=server.run, args=([listening],), daemon=True, name="plures-http")
-            thread.start()
-            self._threads.append(thread)
-        keeper = threading.Thread(target=self._keep, daemon=True, name="plures-keep")
-        keeper.start()
-        self._threads.append(keeper)
-        while not all(server.started for server, _ in self._servers):
-            if not all(t.is_alive() for t in self._threads):
-                raise BadInput("the server could not start; its messages are above")
-            time.sleep(0.01)
+        self._keeper.start()
+        self._doors.start()
         return self
-
-    def _keep(self) -> None:
-        while not self._stopping.wait(REFRESH_S):
-            self._refresh()
-
-    def _refresh(self) -> None:
-        """Take up what other processes changed: tenants' shares and pins."""
-        try:
-            self._tenants = {t.name: t for t in self.desk.access.tenants()}
-            pins, all_variants = frozenset(self.desk.pinned()), self.desk.identities()
-        except BadInput:  # a store that is busy or unreadable for a while: what was known goes on being true
-            return
-        if pins != self._pins:
-            self._pins = pins
-            self.engine.pin(pins)
-        if all_variants != self._known:
-            self._known = all_variants
-            self.engine.tiers.prepare(all_variants)
 
     def stop(self, grace_s: float = 30.0) -> None:
         """Take no new requests, finish or fail those that run within `grace_s`, and close the ports."""
-        self._stopping.set()
-        self.engine.stop(grace_s)
-        for server, _ in self._servers:
-            server.should_exit = True
-        for thread in self._threads:
-            thread.join(grace_s)
-        for _, listening in self._servers:
-            listening.close()
+        self._keeper.stop(grace_s)
+        self._doors.stop(grace_s)
         self.desk.close()
 
     def __enter__(self) -> Service:
@@ -149,7 +148,8 @@ class Service:
 def _listen(app: Any, host: str, port: int) -> tuple[Server, socket.socket]:
     """A server and its open socket, so that a taken port is told at once and port 0 is known."""
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="off",
-                            timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 * 1024)  # fmt: skip
+                            timeout_graceful_shutdown=5, timeout_keep_alive=75,
+                            h11_max_incomplete_event_size=64 * 1024)  # fmt: skip
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # with the protocol said, asyncio sets NODELAY
     try:

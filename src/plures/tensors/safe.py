@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,19 @@ def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = Non
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` at `path` atomically: a temporary file beside it, fsync, rename, fsync of the folder."""
+    write_chunks(path, (data,))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> int:
+    """`write_bytes` of what need not be in memory at once; returns how many bytes it was."""
+    n = 0
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with temporary.open("wb") as f:
-                f.write(data)
+                for chunk in chunks:
+                    n += f.write(chunk)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
@@ -101,6 +108,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+    return n
 
 
 def sync_folder(path: Path) -> None:
