@@ -62,8 +62,8 @@ QUICK = ["train.steps=2", "train.batch_rows=2", "data.max_tokens=24", "adapt.r=2
 
 def test_every_verb_is_tried_here() -> None:
     assert set(verbs()) - {"demo"} == {
-        "alias", "bench", "chat", "doctor", "explain", "export", "fsck", "gc", "generate", "import_", "init", "key", "list",
-        "methods", "recipe", "rm", "score", "serve", "show", "tenant", "train",
+        "alias", "bench", "chat", "doctor", "explain", "export", "fsck", "gc", "generate", "import_", "init", "key",
+        "list", "methods", "recipe", "rm", "score", "serve", "show", "tenant", "train",
     }  # fmt: skip
 
 

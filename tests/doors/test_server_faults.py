@@ -15,10 +15,11 @@ import httpx
 import pytest
 from fakes import FakeServing, served, wait_until, words
 
-from plures.core.errors import missing
+from plures.core.errors import DiskTrouble, WrongUse, missing
 from plures.engine.ask import Overloaded, Piece, Unavailable
 from plures.flows.desk import Desk
 from plures.server.app import make_app
+from plures.server.errors import body_of
 from plures.server.schemas import IGNORED, NEUTRAL
 
 CHAT: dict[str, Any] = {"model": "mos", "messages": [{"role": "user", "content": "hi"}]}
@@ -248,6 +249,23 @@ def test_a_body_too_large_is_refused_unread(desk: Desk, serving: FakeServing) ->
             c.sendall(piece * 2)
             assert b" 413 " in c.recv(65536)
     assert not [a for a in serving.asks if len(a.tokens) < 4000]
+
+
+def test_a_body_that_stops_coming_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plures.server.app.BODY_S", 0.3)
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        told = line.recv(65536)
+        while b"\r\n\r\n" not in told:
+            told += line.recv(65536)
+    assert told.startswith(b"HTTP/1.1 408")
+
+
+def test_callers_see_no_paths_of_the_server() -> None:
+    trouble = DiskTrouble("cannot write '/srv/acme.fleet/batches/x.json': the disk is full")
+    assert body_of(trouble)["error"]["message"] == "cannot write 'x.json': the disk is full"
+    assert "'/etc/passwd'" in body_of(WrongUse("model '/etc/passwd' is no name"))["error"]["message"]
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "0x10", "9" * 5000, "1_0"])

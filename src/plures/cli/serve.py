@@ -18,6 +18,7 @@ def command(
     slots: Annotated[int, typer.Option(help="Variants resident at once.")] = 64,
     kv_tokens: Annotated[int, typer.Option(help="Tokens kept for all rows; 0: by the machine's memory.")] = 0,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Run the base in bfloat16.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU that is there.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads to compute with; 0: as torch chooses.")] = 0,
     grace: Annotated[float, typer.Option(help="Seconds that running requests are given at a stop.")] = 30.0,
     on: Annotated[str, typer.Option(help="'ray': from several processes, by Ray Serve.")] = "",
@@ -41,7 +42,7 @@ def command(
         raise WrongUse("--replicas needs --on ray; without it there is one process")
     if threads:
         torch.set_num_threads(threads)
-    settings = Settings(rows=rows, slots=slots, kv_tokens=kv_tokens, bfloat16=bfloat16)
+    settings = Settings(rows=rows, slots=slots, kv_tokens=kv_tokens, bfloat16=bfloat16, device=device)
     asked = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: asked.set())

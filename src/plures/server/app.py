@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
@@ -17,12 +18,13 @@ from plures.flows.batch_run import Runner
 from plures.flows.desk import Desk
 from plures.server import batches, openai, page
 from plures.server.batch_form import make_runner
-from plures.server.errors import Refused, install, shape
+from plures.server.errors import Refused, install, public, shape
 from plures.server.metrics import Metrics
 from plures.store.access import Key, Tenant
 
 MAX_BODY_BYTES = 8 << 20
 EVERYBODY = Tenant("everybody")
+BODY_S = 60.0
 _OWN = "script-src 'self'; style-src 'self'; connect-src 'self'"
 _CSP = f"default-src 'none'; {_OWN}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -31,7 +33,7 @@ class Edge:
     """The outermost ASGI layer: refuses a body of more than `most` bytes as soon as that is known, and counts refusals.
 
     A length that is declared is believed where it is too large; else the bytes are counted as they come. `other` has
-    the paths whose bodies have another bound.
+    the paths whose bodies have another bound. A body of which nothing comes for `BODY_S` is given up.
     """
 
     def __init__(
@@ -44,11 +46,16 @@ class Edge:
             await self.app(scope, receive, send)
             return
         most = self.other.get(scope["path"], self.most)
-        seen, said = 0, f"the request is larger than {most} bytes"
+        seen, whole, said = 0, False, f"the request is larger than {most} bytes"
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else BODY_S)
+            except TimeoutError:
+                why = f"nothing of the body came for {BODY_S:g} s"
+                raise Refused(408, why, "timeout", headers={"connection": "close"}) from None
+            whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > most:
                 raise Refused(413, said, "too_large", headers={"connection": "close"})
@@ -124,7 +131,7 @@ def make_app(
                 desk.store.names()
                 desk.access.pins()
             except PluresError as error:
-                why = str(error)
+                why = public(error)
         if why:
             return JSONResponse({"status": "not ready", "reason": why}, 503)
         return JSONResponse({"status": "ready"})

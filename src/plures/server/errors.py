@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
           413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}  # fmt: skip
 
 
+_PATH = re.compile(r"'(/[^']*)'")
+
+
 class Refused(HTTPException):
     """A refusal with an OpenAI code, such as "invalid_api_key"."""
 
@@ -52,7 +56,14 @@ def body_of(error: PluresError) -> dict[str, Any]:
     """The body of an error of ours."""
     kind = next((kind for known, _, kind in _STATUS if isinstance(error, known)), "server_error")
     code = "model_not_found" if isinstance(error, NotFound) else None
-    return shape(str(error), kind, code, "model" if code else None)
+    return shape(public(error), kind, code, "model" if code else None)
+
+
+def public(error: PluresError) -> str:
+    """The text of an error for callers: of the server's own paths they see the last name."""
+    if isinstance(error, (WrongUse, NotFound)):  # what is quoted there is the caller's
+        return str(error)
+    return _PATH.sub(lambda found: f"'{found[1].rpartition('/')[2]}'", str(error))
 
 
 def shape(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
