@@ -59,6 +59,19 @@ def test_a_start_that_takes_everything_goes_on_where_it_was(recipe: Callable[...
         torch.testing.assert_close(after.flat()[key], t, rtol=0, atol=1e-6)
 
 
+def test_ranks_of_earlier_tasks_are_kept_and_frozen(recipe: Callable[..., TrainRecipe]) -> None:
+    train(recipe("name=task", "adapt={method: moram, r: 2}"))
+    train(recipe("name=task", "adapt={method: moram, r: 2, old: 2}", "start.variant=task@1"))
+    with Store.open(Path(recipe().fleet)) as store:
+        first, second = store.load("task@1"), store.load("task@2")
+        assert store.resolve("task@2").parents == ("task@1",)
+    for site, own in second.own.items():
+        assert torch.equal(own["A_old"], first.own[site]["A"]) and torch.equal(own["B_old"], first.own[site]["B"])
+        assert not torch.equal(own["B"], first.own[site]["B"])
+    with pytest.raises(WrongUse, match="set old to 4"):
+        train(recipe("name=task", "adapt={method: moram, r: 2, old: 2}", "start.variant=task@2", "seed=3"))
+
+
 def test_a_resumed_start_is_of_the_same_variant(recipe: Callable[..., TrainRecipe]) -> None:
     train(recipe("name=shared", "aliases=[prod]"))
 

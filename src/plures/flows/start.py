@@ -38,6 +38,7 @@ def check(start: StartPart, laid: Laid, frozen: frozenset[str]) -> None:
 def find(recipe: TrainRecipe, store: Store) -> tuple[Version, Variant] | None:
     """The variant to start from, whole; None where the recipe names none.
 
+    A method that can `grow` (MoRAM) takes up one of the same method and other options: it knows how.
     Raises: WrongUse where it is of another method or other options, which would not fit.
     """
     if not recipe.start.variant:
@@ -45,8 +46,9 @@ def find(recipe: TrainRecipe, store: Store) -> tuple[Version, Variant] | None:
     version = store.resolve(recipe.start.variant)
     variant = store.load_identity(version.identity)
     name, options = recipe.method()
-    options = asdict(adapts.make(name, **options))
-    if variant.method != name or dict(variant.options) != options:
+    method: Any = adapts.make(name, **options)
+    options = asdict(method)
+    if variant.method != name or (dict(variant.options) != options and not hasattr(method, "grow")):
         raise WrongUse(f"start.variant {version.ref!r} is {variant.method} {dict(variant.options)}; this run is {name} "
                        f"{options}. A start needs the same method and options")  # fmt: skip
     return version, variant
@@ -65,8 +67,11 @@ def take_over(model: Any, adapter: str, variant: Variant, start: StartPart) -> N
         rooms: Iterable[tuple[Any, Any]] = (
             (layer.plures_own, variant.own.get(layer.name, {})), (layer.plures_pool, variant.pool.get(group, {})),
         )  # fmt: skip
+        method: Any = layer.methods[adapter]
         for room, theirs in rooms:
             mine = room[adapter].tensors() if adapter in room else {}
+            if theirs and hasattr(method, "grow"):
+                theirs = method.grow(mine, theirs)
             for leaf, t in mine.items():
                 if leaf in theirs and (not wanted or leaf in wanted):
                     if t.shape != theirs[leaf].shape:
