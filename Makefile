@@ -46,6 +46,7 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(RUN)/python benchmarks/train_step.py
+	$(RUN)/python benchmarks/dpo_prefix.py
 	$(RUN)/python benchmarks/store_bytes.py
 	$(RUN)/python benchmarks/serve_decode.py
 	$(RUN)/python benchmarks/serve_capacity.py

@@ -21,6 +21,7 @@ from plures.cli.app import app, verbs
 from plures.core.folder import options_of
 from plures.core.recipe import load
 from plures.flows.recipes import TrainRecipe
+from plures.loss import losses
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -144,7 +145,9 @@ def test_commands_parse(line: str) -> None:
 
 
 def method(recipe: TrainRecipe) -> Any:
-    """The recipe's method, so that its options are checked."""
+    """The recipe's method, so that its options and its loss's are checked."""
+    loss, how = recipe.objective()
+    losses.make(loss, **how)
     name, options = recipe.method()
     return adapts.make(name, **options)
 
@@ -176,16 +179,16 @@ def test_the_worked_example_of_mos_prints_what_it_says() -> None:
     assert out.getvalue() == said
 
 
-@pytest.mark.parametrize("name", list(adapts))
+@pytest.mark.parametrize("name", [*adapts, *losses])
 def test_methods_have_their_sections(name: str, writer: ModuleType) -> None:
-    cls = adapts[name]
+    cls = (adapts if name in adapts else losses)[name]
     doc = writer.sections(cls.__doc__ or "")
     assert [s for s in ("", "Options", "Shapes", "Paper", "Departs from the paper") if not doc.get(s, "").strip()] == []
     options = options_of(cls)
     assert [k for k, (_, _, text) in options.items() if not text] == [], "an option without a line under Options"
     if "WrongUse" in inspect.getsource(cls):
         assert "WrongUse" in doc.get("Raises", ""), "it raises WrongUse and does not say so"
-    for attribute in ("group", "pool", "own", "weight", "forward", "factors"):
+    for attribute in ("group", "pool", "own", "weight", "forward", "factors", "count", "summed"):
         if hasattr(cls, attribute):
             assert getattr(cls, attribute).__doc__, f"{name}.{attribute} has no docstring"
 

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -311,3 +312,29 @@ def test_a_bug_fails_its_batch_alone(acme: OpenAI, backwards: FakeServing, two_d
     with pytest.raises(openai.InternalServerError):
         acme.batches.retrieve(batch.id)
     ended(acme, begin(acme, [chat("a")]))
+
+
+def test_an_input_that_is_gone_fails_its_batch_and_one_that_cannot_be_read_now_waits(
+    acme: OpenAI, runner: Runner, two_desk: Desk, backwards: FakeServing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plures.flows import batch_one
+
+    def too_many(path: Path) -> str:
+        with batch_one.disk(path, "read"):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(batch_run, "PAUSE_S", 0.05)
+    monkeypatch.setattr(batch_run, "LOOK_S", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_one, "file_hash", too_many)
+        id = begin(acme, [chat("a")])
+        wait_until(lambda: acme.batches.retrieve(id).errors is not None)
+        assert acme.batches.retrieve(id).status == "validating"
+    ended(acme, id)
+    runner.stop()
+    id = begin(acme, [chat("a")])
+    (two_desk.fleet / "batches" / "acme" / str(acme.batches.retrieve(id).input_file_id)).unlink()
+    again = make_runner(two_desk, backwards, None)
+    again.start()
+    ended(acme, id, "failed")
+    again.stop()

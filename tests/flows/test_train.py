@@ -20,10 +20,10 @@ from killing import as_command, processes
 from plures.core.errors import BadInput, DiskTrouble, MissingExtra, PluresError, StoreBusy, WrongUse
 from plures.core.events import read_events
 from plures.core.recipe import load
-from plures.engine import loop
 from plures.engine.model import load_base, reference
 from plures.flows.recipes import TrainRecipe
 from plures.flows.train import plan, run_folder, train
+from plures.loss import sft
 from plures.store import Store
 from plures.tensors import safe
 from tiny import sentences, write_rows
@@ -262,8 +262,8 @@ def test_the_cheaper_ways_to_train_run(recipe: Callable[..., TrainRecipe], said:
 def test_a_loss_that_is_not_finite_publishes_nothing(
     recipe: Callable[..., TrainRecipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.summed_loss
-    monkeypatch.setattr(loop, "summed_loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    real = sft.summed_loss
+    monkeypatch.setattr(sft, "summed_loss", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
     with pytest.raises(BadInput, match="not finite at step 0") as caught:
         train(recipe())
     assert "\n" not in str(caught.value)

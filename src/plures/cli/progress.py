@@ -21,12 +21,18 @@ class Console:
         elif kind == "resume":
             self._line(f"resumed at step {fields['step']}")
         elif kind == "step":
-            text = (f"step {fields['step']}/{fields['steps']}  loss {fields['loss']:.4f} nats  lr {fields['lr']:.2e}  "
-                    f"{fields['tokens_s']:,.0f} tokens/s  {duration(fields['left_s'])} left")  # fmt: skip
+            more = "".join(f"{k} {fields[k]:.3f}  " for k in ("accuracy", "margin") if k in fields)
+            text = (
+                f"step {fields['step']}/{fields['steps']}  loss {fields['loss']:.4f} nats  {more}"
+                f"lr {fields['lr']:.2e}  {fields['tokens_s']:,.0f} tokens/s  {duration(fields['left_s'])} left"
+            )
             if self.live:
                 print(f"\r\x1b[K{self.label}{text}", end="", file=sys.stderr, flush=True)
             elif fields["step"] % self.every == 0 or fields["step"] == fields["steps"]:
                 self._line(text)
+        elif kind == "eval" and "perplexity" not in fields:
+            said = (f"{k.replace('_', ' ')} {v:.4f}" for k, v in fields.items() if k != "step")
+            self._line(f"held-out: {', '.join(said)}")
         elif kind == "eval":
             self._line(f"held-out: {fields['nats_per_token']:.4f} nats/token, {fields['bits_per_byte']:.4f} bits/byte, "
                        f"perplexity {fields['perplexity']:.2f}")  # fmt: skip

@@ -45,6 +45,6 @@ def command(
     if json:
         score = done.outcome.score
         say_json({"version": done.version.ref, "identity": done.version.identity, "run": str(done.run),
-                  "steps": done.outcome.steps, "bits_per_byte": score.bits_per_byte if score else None})  # fmt: skip
+                  "steps": done.outcome.steps, **(score.told() if score else {"bits_per_byte": None})})  # fmt: skip
     else:
         typer.echo(done.version.ref)

@@ -69,6 +69,7 @@ def train_one(job: Job) -> dict[str, Any]:
     """Train and publish one variant in this process; returns its row of the table."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from plures.core.recipe import load
+    from plures.engine.score import Score
     from plures.flows.recipes import TrainRecipe
     from plures.flows.train import train
 
@@ -82,7 +83,7 @@ def train_one(job: Job) -> dict[str, Any]:
     })  # fmt: skip
     start = time.process_time()
     done = train(recipe)
-    assert done.outcome.score is not None
+    assert isinstance(done.outcome.score, Score)
     return {
         "tenant": job.tenant, "contender": job.contender.name, "seed": job.seed, "ref": done.version.ref,
         "trained": done.version.trained, "n_bytes": done.version.n_bytes,

@@ -66,11 +66,15 @@ def encode(rows: Rows, tokenizer: Any, *, max_tokens: int, mask_prompt: bool = T
     A text longer than `max_tokens` becomes several windows that overlap by one token, so that nothing is dropped and
     every token but the first counts exactly once. A longer prompt + completion or chat loses its end.
 
-    Raises: WrongUse for messages without a chat template, or one whose turns cannot be told apart; BadInput for rows
-        of which truncation leaves nothing to learn, naming the first, and where no row has a token to predict.
+    Raises: WrongUse for messages without a chat template, or one whose turns cannot be told apart, and for rows of
+        pairs, which `engine.pairs` takes; BadInput for rows of which truncation leaves nothing to learn, naming the
+        first, and where no row has a token to predict.
     """
     if max_tokens < 2:
         raise WrongUse(f"max_tokens must be at least 2, got '{max_tokens}': a single token has nothing to predict")
+    if rows.format == "pairs":
+        raise WrongUse("rows of prompt, chosen and rejected train with loss: {method: dpo}; to learn or score the "
+                       "chosen answers alone, map columns: {completion: chosen}")  # fmt: skip
     out, lost = Encoded(), []
     for row, place in zip(rows.items, rows.places, strict=True):
         if rows.format == "text":
@@ -79,7 +83,7 @@ def encode(rows: Rows, tokenizer: Any, *, max_tokens: int, mask_prompt: bool = T
             out.cut += len(windows) > 1
             out.blank += not windows
             continue
-        tokens = _answer(row, rows.format, tokenizer, mask_prompt, place)
+        tokens = answer_tokens(row, rows.format, tokenizer, mask_prompt, place)
         out.truncated += len(tokens.ids) > max_tokens
         one = tokens.example(0, max_tokens)
         if one.n_counted:
@@ -158,7 +162,7 @@ def _windows(tokens: _Tokens, max_tokens: int) -> list[Example]:
     return [tokens.example(at, at + max_tokens, at + max_tokens < n) for at in range(0, n - 1, max_tokens - 1)]
 
 
-def _answer(row: dict[str, Any], kind: Format, tokenizer: Any, mask_prompt: bool, place: str) -> _Tokens:
+def answer_tokens(row: dict[str, Any], kind: Format, tokenizer: Any, mask_prompt: bool, place: str) -> _Tokens:
     """The tokens of a prompt + completion or of a chat, with those that count."""
     if kind == "messages":
         tokens = _chat(row["messages"], 0, tokenizer, place)
@@ -297,12 +301,36 @@ def _check_fit(examples: Sequence[Example], batch_rows: int, tokens: int) -> Non
         raise WrongUse(f"an example of '{longest}' tokens does not fit in {tokens}; encode with max_tokens={tokens}")
 
 
-class Batches:
-    """Endless batches for training, each computable from its step alone.
+class Order:
+    """Which of `n` items stand in each of endless batches, computable from the batch's number alone.
 
-    Every epoch is a permutation of the windows, drawn from its own stream; epochs follow each other without a seam,
-    so that a batch is never short: it takes its last rows from the next epoch where one ends. `len` is the steps
-    that one epoch takes, rounded up. A window is `tokens` wide when packed, else as wide as the batch's longest row.
+    Every epoch is a permutation of the items, drawn from its own stream; epochs follow each other without a seam, so
+    that a batch is never short: it takes its last items from the next epoch where one ends. `len` is the batches that
+    one epoch takes, rounded up.
+    """
+
+    def __init__(self, n: int, batch_rows: int, seed: int) -> None:
+        self.n, self.batch_rows, self.seed = n, batch_rows, seed
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.batch_rows)
+
+    def _epoch(self, number: int) -> np.ndarray:
+        return rng(self.seed, "data", "epoch", number).permutation(self.n)
+
+    def at(self, step: int) -> list[int]:
+        """The items in batch `step`, from 0 on."""
+        if step < 0:
+            raise WrongUse(f"steps count from 0, got '{step}'")
+        places = range(step * self.batch_rows, (step + 1) * self.batch_rows)
+        return [int(self.epoch(at // self.n)[at % self.n]) for at in places]
+
+
+class Batches:
+    """Endless batches for training, each computable from its step alone, in the order of `Order`.
+
+    A window is `tokens` wide when packed, else as wide as the batch's longest row.
     """
 
     def __init__(
@@ -311,23 +339,17 @@ class Batches:
         self.windows = pack(examples, tokens=tokens) if packing else list(examples)
         _check_fit(self.windows, batch_rows, tokens)
         self.batch_rows, self.tokens, self.packing, self.seed, self.pad_id = batch_rows, tokens, packing, seed, pad_id
-        self.order = lru_cache(maxsize=2)(self._order)
+        self.order = Order(len(self.windows), batch_rows, seed)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.windows) / self.batch_rows)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return rng(self.seed, "data", "epoch", epoch).permutation(len(self.windows))
+        return len(self.order)
 
     def rows_at(self, step: int) -> list[int]:
         """Which windows stand in batch `step`."""
-        n = len(self.windows)
-        return [int(self.order(at // n)[at % n]) for at in range(step * self.batch_rows, (step + 1) * self.batch_rows)]
+        return self.order.at(step)
 
     def at(self, step: int) -> dict[str, Tensor]:
         """Batch number `step`, from 0 on: `input_ids`, `labels` and `attention_mask`, int64 `[batch_rows, tokens]`."""
-        if step < 0:
-            raise WrongUse(f"steps count from 0, got '{step}'")
         chosen = [self.windows[i] for i in self.rows_at(step)]
         width = self.tokens if self.packing else max(len(e.ids) for e in chosen)
         return _stack(chosen, width, self.pad_id)

@@ -13,10 +13,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from plures.core.errors import BadInput, WrongUse
 from plures.core.events import Events
 from plures.core.seeds import stream
-from plures.core.units import bits_per_byte
+from plures.engine.score import LossScore, Means, Score, evaluate, logits_of
+from plures.loss import Loss
+from plures.loss.sft import Sft, summed_loss
 from plures.tensors import safe
+
+__all__ = ["BatchSource", "Outcome", "Score", "Settings", "Trainer", "evaluate", "learning_rate", "summed_loss"]
 
 _PROGRESS = ("step", "judged", "best", "best_step", "bad_evals")  # of a Trainer, what a resume takes up
 
@@ -51,27 +55,12 @@ class Settings:
 
 
 class BatchSource(Protocol):
-    """Batches by number: `at(k)` gives `input_ids`, `labels` and `attention_mask`, int64 `[rows, tokens]`."""
+    """Batches by number: `at(k)` gives `input_ids`, `labels` and `attention_mask`, int64 `[rows, tokens]`.
+
+    Where the mask is of another shape, `present` says which tokens are there; a loss may ask for more.
+    """
 
     def at(self, step: int) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Score:
-    """Held-out loss: nats per counted token, bits per UTF-8 byte, perplexity, and what was counted."""
-
-    nats_per_token: float
-    bits_per_byte: float
-    perplexity: float
-    tokens: int
-    n_bytes: int
-
-    @classmethod
-    def of(cls, nats: float, tokens: int, n_bytes: int) -> Score:
-        if not tokens:
-            raise BadInput("held-out data has no counted token to score")
-        mean = nats / tokens
-        return cls(mean, bits_per_byte(nats, n_bytes), math.exp(min(mean, 700)), tokens, n_bytes)
 
 
 @dataclass(frozen=True)
@@ -79,38 +68,9 @@ class Outcome:
     """How a run ended: steps done, the last and the best held-out score, and whether it stopped early."""
 
     steps: int
-    score: Score | None
+    score: Score | LossScore | None
     best_step: int
     stopped_early: bool
-
-
-def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Cross-entropy of next-token prediction, summed in nats over counted tokens, and their number.
-
-    Shapes: logits `[rows, tokens, vocabulary]`, labels `[rows, tokens]` with -100 where a token does not count; the
-    logits at t are scored on the label at t + 1.
-    """
-    target = labels[:, 1:].flatten()
-    nats = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, ignore_index=-100, reduction="sum")
-    return nats, int((target != -100).sum())
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Callable[[], Iterator[dict[str, Tensor]]], n_bytes: int,
-             autocast: bool = False) -> Score:  # fmt: skip
-    """The held-out score of `model` over all `batches`."""
-    was = model.training
-    model.eval()
-    nats, tokens = 0.0, 0
-    try:
-        for batch in batches():
-            with _cast(model, autocast):
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss, n = summed_loss(logits, batch["labels"])
-            nats, tokens = nats + loss.item(), tokens + n
-    finally:
-        model.train(was)
-    return Score.of(nats, tokens, n_bytes)
 
 
 def learning_rate(s: Settings, step: int) -> float:
@@ -127,8 +87,10 @@ class Trainer:
     """Trains the parameters of `model` that require a gradient, and remembers how far it got in `folder`."""
 
     def __init__(self, model: nn.Module, settings: Settings, folder: Path, events: Events,
-                 auxiliary: Callable[[nn.Module], Tensor | None] = lambda _: None) -> None:  # fmt: skip
+                 auxiliary: Callable[[nn.Module], Tensor | None] = lambda _: None,
+                 loss: Loss | None = None) -> None:  # fmt: skip
         self.auxiliary = auxiliary  # what a forward pass adds to the mean loss, in nats
+        self.loss: Loss = loss or Sft()
         self.model, self.settings, self.folder, self.events = model, settings, folder, events
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
@@ -184,21 +146,20 @@ class Trainer:
         self.events.emit("resume", step=self.step)
         return True
 
-    def _one_step(self, batches: BatchSource) -> tuple[float, float, int]:
-        """One optimizer step; returns the loss in nats per counted token, the gradient norm, and the tokens."""
+    def _one_step(self, batches: BatchSource) -> tuple[float, float, int, dict[str, float]]:
+        """One optimizer step; returns the mean loss in nats, the gradient norm, the tokens, and what else to show."""
         s = self.settings
         self.optimizer.zero_grad(set_to_none=True)
         rows = [batches.at(self.step * s.accumulate + i) for i in range(s.accumulate)]
-        counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in rows)
+        counted = sum(self.loss.count(b) for b in rows)
         if not counted:
-            raise BadInput(f"the batch of step {self.step} has no counted token")
-        nats = 0.0
+            raise BadInput(f"the batch of step {self.step} has no counted {self.loss.unit}")
+        nats, shown = 0.0, Means()
         with _seeded(stream(s.seed, "dropout", self.step)):
             for batch in rows:
-                with _cast(self.model, s.autocast):
-                    logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                loss, _ = summed_loss(logits, batch["labels"])
+                loss, told = self.loss.summed(logits_of(self.model, batch, s.autocast), batch)
                 nats += loss.item()
+                shown.add(told)
                 more = self.auxiliary(self.model)
                 (loss / counted if more is None else loss / counted + more / len(rows)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), s.clip or math.inf).item()
@@ -211,9 +172,10 @@ class Trainer:
         with _whole():
             self.optimizer.step()
             self.step += 1
-        return nats / counted, norm, sum(int(b["attention_mask"].sum()) for b in rows)
+        tokens = sum(int(b.get("present", b["attention_mask"]).sum()) for b in rows)
+        return nats / counted, norm, tokens, shown.over(counted)
 
-    def fit(self, batches: BatchSource, score: Callable[[], Score] | None = None) -> Outcome:
+    def fit(self, batches: BatchSource, score: Callable[[], Score | LossScore] | None = None) -> Outcome:
         """Train to the last step, or until `patience` evaluations in a row brought nothing better.
 
         With patience the best tensors are put back at the end. An interruption saves a checkpoint and goes on up.
@@ -229,12 +191,12 @@ class Trainer:
                 last = self._judge(score())
             early = bool(s.patience and self.bad_evals >= s.patience)
             while self.step < s.steps and not early:
-                loss, norm, tokens = self._one_step(batches)
+                loss, norm, tokens, shown = self._one_step(batches)
                 tokens_seen += tokens
                 spent = time.monotonic() - start
                 self.events.emit("step", step=self.step, steps=s.steps, loss=loss, lr=learning_rate(s, self.step - 1),
                                  grad_norm=norm, tokens_s=tokens_seen / max(spent, 1e-9),
-                                 left_s=spent / (self.step - first) * (s.steps - self.step))  # fmt: skip
+                                 left_s=spent / (self.step - first) * (s.steps - self.step), **shown)  # fmt: skip
                 if score and self._due():
                     last = self._judge(score())
                     early = bool(s.patience and self.bad_evals >= s.patience)
@@ -255,13 +217,12 @@ class Trainer:
         every, last = self.settings.eval_every, self.settings.steps
         return bool(every) and self.step > self.judged and (self.step % every == 0 or self.step == last)
 
-    def _judge(self, score: Score) -> Score:
+    def _judge(self, score: Score | LossScore) -> Score | LossScore:
         """Record an evaluation; keep the tensors where it is the best so far."""
-        self.events.emit("eval", step=self.step, nats_per_token=score.nats_per_token, bits_per_byte=score.bits_per_byte,
-                         perplexity=score.perplexity)  # fmt: skip
+        self.events.emit("eval", step=self.step, **score.told())
         with _whole():
-            if score.nats_per_token < self.best:
-                self.best, self.best_step, self.bad_evals = score.nats_per_token, self.step, 0
+            if score.loss < self.best:
+                self.best, self.best_step, self.bad_evals = score.loss, self.step, 0
                 if self.settings.patience:
                     safe.write(self.folder / "best.safetensors", {n: p.data for n, p in self.trained.items()})
             else:
@@ -298,8 +259,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-def _cast(model: nn.Module, on: bool) -> Any:
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=torch.bfloat16) if on else nullcontext()

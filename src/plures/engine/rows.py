@@ -14,11 +14,12 @@ from typing import Any, Literal, overload
 from plures.core.errors import BadInput, Unreachable, WrongUse, disk, missing, nearest
 from plures.core.seeds import stream
 
-Format = Literal["text", "prompt+completion", "messages"]
+Format = Literal["text", "prompt+completion", "messages", "pairs"]
 FORMATS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
     "prompt+completion": ("prompt", "completion"),
     "messages": ("messages",),
+    "pairs": ("prompt", "chosen", "rejected"),
 }
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^:\s]+){0,2}")
@@ -75,7 +76,8 @@ def read_rows(source: Any, *, columns: Mapping[str, str] | None = None, limit: i
         limit: read no more rows than this.
 
     Formats: `text` (str), `prompt` + `completion` (both str, or both lists of messages), `messages` (a list of
-    `{"role", "content"}`). Other columns are kept as they are.
+    `{"role", "content"}`), `prompt` + `chosen` + `rejected` (all str, or all lists of messages; the answers do not
+    repeat the prompt). Other columns are kept as they are.
     Raises: BadInput, naming file and line, for anything that is not such a row; Unreachable where the Hub does not
         answer; MissingExtra; WrongUse for a request that cannot be meant.
     """
@@ -299,15 +301,17 @@ def _format(row: Mapping[str, Any], columns: Mapping[str, str], place: str, befo
         first = FORMATS[fit[0]][0]
         raise BadInput(f"{place}: has the columns of {len(fit)} formats, {_list(fit)}; say which is meant, for example "
                        f"columns={{{first!r}: {first!r}}}")  # fmt: skip
-    half = [c for c in ("prompt", "completion") if c not in row]
-    wanted = FORMATS[before] if before else tuple(half) if len(half) == 1 else ("text",)
+    of_pairs = FORMATS["pairs"] if "chosen" in row or "rejected" in row else FORMATS["prompt+completion"]
+    half = [c for c in of_pairs if c not in row]
+    wanted = FORMATS[before] if before else tuple(half) if len(half) < len(of_pairs) else ("text",)
     absent = next(c for c in wanted if c not in row)
     other = next((str(k) for k in row if nearest(k, [absent])), next(map(str, row), "body"))
     names = [c for needs in FORMATS.values() for c in needs]
     near = nearest(absent, map(str, row)) or next((n for k in row if (n := nearest(k, names))), "")
     raise BadInput(
         f"{place}: the column {absent!r} is missing.{near} There are: {_list(row)}. Formats need 'text', or 'prompt' "
-        f"and 'completion', or 'messages'; map yours with columns={{{absent!r}: {other!r}}}"
+        "and 'completion', or 'messages', or 'prompt', 'chosen' and 'rejected'; map yours with "
+        f"columns={{{absent!r}: {other!r}}}"
     )
 
 
@@ -319,16 +323,21 @@ def _check(row: Mapping[str, Any], kind: Format, place: str) -> None:
     if kind == "messages":
         _check_messages(row["messages"], "messages", place, answered=True)
         return
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
+    for answer in FORMATS[kind][1:]:
+        _check_answer(row["prompt"], row[answer], answer, place)
+
+
+def _check_answer(prompt: Any, answer: Any, name: str, place: str) -> None:
+    """A prompt and an answer are both texts, or both messages. Raises: BadInput."""
+    if isinstance(prompt, list) and isinstance(answer, list):
         _check_messages(prompt, "prompt", place)
-        _check_messages(completion, "completion", place, answered=True)
+        _check_messages(answer, name, place, answered=True)
         return
-    if isinstance(prompt, list) != isinstance(completion, list) and isinstance(prompt, str | list):
-        raise BadInput(f"{place}: prompt is {_kind(prompt)} and completion is {_kind(completion)}; both must be text, "
+    if isinstance(prompt, list) != isinstance(answer, list) and isinstance(prompt, str | list):
+        raise BadInput(f"{place}: prompt is {_kind(prompt)} and {name} is {_kind(answer)}; both must be text, "
                        "or both lists of messages")  # fmt: skip
     _check_text(prompt, "prompt", place)
-    _check_text(completion, "completion", place)
+    _check_text(answer, name, place)
 
 
 def _kind(value: Any) -> str:

@@ -174,7 +174,8 @@ class Running:
         if cancelling is None:
             self._save(self.batch.now("completed"))
         else:
-            self._save(replace(batch, times=cancelling.times).now("cancelled"))
+            total = max(batch.total, len(ids))  # where not all lines were looked at
+            self._save(replace(batch, times=cancelling.times, total=total).now("cancelled"))
 
 
 def _said(id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:

@@ -107,9 +107,11 @@ class Runner:
                 self._begin(batch)
 
     def _begin(self, batch: Batch) -> None:
-        with suppress(PluresError):
+        try:
             if not self.known(batch.tenant):
                 return
+        except PluresError:  # the store cannot say so now
+            return
         try:
             one = Running(self.store, batch, self.by)
         except StoreBusy:  # another server runs it
@@ -142,7 +144,8 @@ class Runner:
 
     def _give_up(self, batch: Batch, error: Exception) -> None:
         """Pause a batch where the disk or the store may be better later; else it has failed."""
-        if not isinstance(error, (DiskTrouble, StoreBusy)):
+        system = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+        if not isinstance(error, (DiskTrouble, StoreBusy)) and not system:
             errors: Sequence[Mapping[str, Any]] = [{"code": "server_error", "message": "internal error", "line": None}]
             if isinstance(error, Malformed):
                 errors = error.errors

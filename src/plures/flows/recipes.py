@@ -71,6 +71,9 @@ class TrainRecipe:
     adapt: dict[str, Scalar] = opt(
         default_factory=lambda: {"method": "mos"}, help="the method and its options, e.g. {method: mos, r: 16, e: 2}"
     )
+    loss: dict[str, Scalar] = opt(
+        default_factory=lambda: {"method": "sft"}, help="the objective and its options, e.g. {method: dpo, beta: 0.1}"
+    )
     targets: str | list[str] = opt(
         "all-linear", "sites: all-linear, names or endings of names, or a regular expression"
     )
@@ -88,6 +91,11 @@ class TrainRecipe:
         """The method's name and its options."""
         rest = dict(self.adapt)
         return str(rest.pop("method", "mos")), rest
+
+    def objective(self) -> tuple[str, dict[str, Any]]:
+        """The loss's name and its options."""
+        rest = dict(self.loss)
+        return str(rest.pop("method", "sft")), rest
 
 
 @dataclass

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,17 +22,25 @@ from plures.bridges.peft import PluresConfig, take_auxiliary
 from plures.core.errors import BadInput, StoreBusy, WrongUse, disk
 from plures.core.events import Events, JsonLines, Sink, environment
 from plures.core.recipe import dump, to_dict
-from plures.engine.data import Batches, Example, Rows, encode, held_out, read_rows, split_rows
-from plures.engine.loop import Outcome, Score, Settings, Trainer, evaluate
+from plures.engine.data import Rows, read_rows, split_rows
+from plures.engine.loop import Outcome, Settings, Trainer
 from plures.engine.model import Base, empty_base, find_sites, load_base
-from plures.flows import start
+from plures.engine.score import LossScore
+from plures.engine.score import Score as HeldOutScore
+from plures.flows import objective, start
+from plures.flows.objective import on_device, pad_id
 from plures.flows.recipes import TrainRecipe
-from plures.store import Score as Measured
-from plures.store import Store, Version
+from plures.loss import Loss
+from plures.store import Score, Store, Version
 from plures.store.names import check_alias, check_name
 from plures.tensors import safe
 from plures.tensors.site import Site
 from plures.tensors.variant import Variant
+
+__all__ = ["Plan", "Trained", "device", "on_device", "pad_id", "plan", "run_folder", "train"]
+
+# what runs are of that began when no loss and no start could be chosen
+ALWAYS: dict[str, Any] = {"loss": {"method": "sft"}, "start": {"variant": "", "take": [], "freeze": []}}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Plan:
 
     recipe: TrainRecipe
     method: Any
+    loss: Loss
     sites: tuple[Site, ...]
     trained: int
     n_bytes: int
@@ -73,7 +82,7 @@ def plan(recipe: TrainRecipe) -> Plan:
     for alias in recipe.aliases:
         check_alias(alias)
     name, options = recipe.method()
-    method = adapts.make(name, **options)
+    method, loss = adapts.make(name, **options), objective.loss_of(recipe)
     with Store.open(Path(recipe.fleet)) as store:
         base = empty_base(store.base)
     sites = tuple(find_sites(base, recipe.targets, recipe.layers))
@@ -86,7 +95,7 @@ def plan(recipe: TrainRecipe) -> Plan:
         if not found:
             raise WrongUse(f"modules_to_save: this base has no module {module!r}")
         trained += sum(p.numel() for m in found for p in m.parameters())
-    return Plan(recipe, method, sites, trained, 4 * trained, sum(p.numel() for p in base.parameters()))
+    return Plan(recipe, method, loss, sites, trained, 4 * trained, sum(p.numel() for p in base.parameters()))
 
 
 def run_folder(recipe: TrainRecipe, rows: Rows | None = None, resume: bool = False) -> Path:
@@ -98,6 +107,7 @@ def run_folder(recipe: TrainRecipe, rows: Rows | None = None, resume: bool = Fal
     if recipe.run:
         return Path(recipe.run)
     decides = {k: v for k, v in to_dict(recipe).items() if k not in ("run", "tensorboard", "aliases", "fleet")}
+    decides = {k: v for k, v in decides.items() if v != ALWAYS.get(k)}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(recipe.fleet) / "runs" / f"{check_name(recipe.name)}-{digest}"
     if rows is None or (said := _said(folder)) is None or said.get("rows") == rows.fingerprint:
@@ -113,7 +123,7 @@ def _said(folder: Path) -> dict[str, Any] | None:
         return None
     with disk(path, "read"):
         said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return said
+    return ALWAYS | said
 
 
 def _begin(recipe: TrainRecipe, folder: Path, rows: Rows, started_from: str) -> None:
@@ -168,6 +178,7 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
     """
     planned = plan(recipe)
     train_rows, score_rows = _rows(recipe, rows, held)
+    objective.check_rows(recipe, planned.loss, train_rows, score_rows)
     folder = run_folder(recipe, train_rows, resume)
     with Store.open(Path(recipe.fleet)) as store, _held_run(folder):
         if (folder / "recipe.yaml").exists() and not resume:
@@ -248,11 +259,8 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
          resume: bool, before: tuple[Version, Variant] | None) -> tuple[Variant, Outcome]:  # fmt: skip
     """Put the method on the base, train it from where `before` left off, and take it off again as a variant."""
     recipe, loop = planned.recipe, planned.recipe.train
-    examples = encode(rows, base.tokenizer, max_tokens=recipe.data.max_tokens)
-    pad = pad_id(base)
-    batches = Batches(examples, batch_rows=loop.batch_rows, tokens=recipe.data.max_tokens, packing=recipe.data.packing,
-                      seed=recipe.seed, pad_id=pad)  # fmt: skip
-    steps = loop.steps or max(1, math.ceil(loop.epochs * len(batches) / loop.accumulate))
+    material = objective.material(recipe, planned.loss, base, rows, held)
+    steps = loop.steps or max(1, math.ceil(loop.epochs * len(material) / loop.accumulate))
     settings = Settings(
         steps=steps, lr=loop.lr, accumulate=loop.accumulate, decay=loop.decay,
         warmup_steps=round(loop.warmup_share * steps),
@@ -271,55 +279,19 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, folder: Path,
         if loop.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        trainer = Trainer(model, settings, folder, events, take_auxiliary)
+        batches, score = material.ready(model, folder)
+        trainer = Trainer(model, settings, folder, events, take_auxiliary, planned.loss)
         events.emit("start", name=recipe.name, method=name, steps=steps, trained=planned.trained, rows=len(rows),
-                    batches=len(batches), sites=len(planned.sites))  # fmt: skip
+                    batches=len(material), sites=len(planned.sites))  # fmt: skip
         if resume:
             trainer.resume()
-        scored = encode(held, base.tokenizer, max_tokens=recipe.data.max_tokens) if held else None
-        outcome = trainer.fit(
-            OnDevice(batches, base.model.device), scorer(model, scored, recipe, base) if scored else None
-        )
+        outcome = trainer.fit(batches, score)
         facts = provenance(recipe, rows, planned, steps, outcome)
         if before:
             facts["start"] = {"variant": before[0].ref, "identity": before[0].identity}
         return capture(model, "default", base.ref, facts), outcome
     finally:
         take_off(model)
-
-
-@dataclass(frozen=True)
-class OnDevice:
-    """Batches, moved to a device as they are asked for."""
-
-    batches: Batches
-    device: torch.device
-
-    def at(self, step: int) -> dict[str, torch.Tensor]:
-        """Batch number `step`."""
-        return {k: t.to(self.device) for k, t in self.batches.at(step).items()}
-
-
-def on_device(batches: Iterable[dict[str, torch.Tensor]], where: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Each batch, moved to a device as it is asked for."""
-    return ({k: t.to(where) for k, t in batch.items()} for batch in batches)
-
-
-def pad_id(base: Base) -> int:
-    """The id that pads; it never counts, so any id will do where the tokenizer has none."""
-    tokenizer: Any = base.tokenizer
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def scorer(model: Any, examples: list[Example], recipe: TrainRecipe, base: Base) -> Any:
-    """A function that scores `model` on the held-out examples."""
-    n_bytes = sum(e.n_bytes for e in examples)
-
-    def score() -> Score:
-        batches = held_out(examples, recipe.train.batch_rows, recipe.data.max_tokens, pad_id(base))
-        return evaluate(model, lambda: on_device(batches, base.model.device), n_bytes, recipe.train.autocast)
-
-    return score
 
 
 def provenance(recipe: TrainRecipe, rows: Rows, planned: Plan, steps: int, outcome: Outcome) -> dict[str, Any]:
@@ -338,12 +310,12 @@ def provenance(recipe: TrainRecipe, rows: Rows, planned: Plan, steps: int, outco
     }
 
 
-def _scores(score: Score | None, recipe: TrainRecipe) -> list[Measured]:
+def _scores(score: HeldOutScore | LossScore | None, recipe: TrainRecipe) -> list[Score]:
     """The held-out score as the store keeps it."""
     if score is None:
         return []
     where = recipe.data.held_out or f"{recipe.data.train} (held-out share)"
-    return [Measured(where, m, getattr(score, m)) for m in ("nats_per_token", "bits_per_byte", "perplexity")]
+    return [Score(where, metric, value) for metric, value in score.told().items()]
 
 
 def _keep(folder: Path, variant: Variant, name: str) -> None:
