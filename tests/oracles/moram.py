@@ -41,7 +41,7 @@ ROW = Row(
     variants=(
         {"r": 3, "tau": 0.03},
         {"r": 4, "k": 1, "tau": 0.1},
-        {"r": 2, "k": 3, "tau": 0.5, "old": 3},
+        {"r": 2, "k": 4, "tau": 0.5, "old": 3},
         {"r": 4, "tau": 0.1, "delta": 0.2},
     ),
     trained=lambda s: wide(s, 4),

@@ -44,7 +44,7 @@ class Fedsa:
         vera: pool `A0 [r, into]`, `B0 [out, r]` frozen and `d [L, r]`, for the L sites of one shape; own `b [out]`
         zero, `at [1]` integer, the site's row of d.
     Raises: WrongUse for a rank out of range.
-    Paper: arXiv:2410.01463 section 4 (FedSA-LoRA, FedSA-rsLoRA, FedSA-VeRA). Which tensors stay (lora_B) is from
+    Paper: arXiv:2410.01463: FedSA-LoRA, FedSA-rsLoRA, FedSA-VeRA. Which tensors stay (lora_B) is from
         github.com/Pengxin-Guo/FedSA-LoRA at fc276b5, federatedscope/glue/yamls/fedsa-lora.yaml; the adapters there are
         PEFT's, with r 8 and alpha 16.
     Departs from the paper: a classifier's head, which stays with its client there, is no part of the adapter. vera has

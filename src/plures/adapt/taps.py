@@ -42,7 +42,7 @@ class Taps:
     Shapes: pool `s [L]` at `initial`; own `at [1]` integer, the site's place in s, and `D [out, into]` zero, or with r
         `A [r, into]` uniform with fan-in `into` and `B [out, r]` zero.
     Raises: WrongUse for options out of range, or a start below the threshold.
-    Paper: arXiv:2203.16708 section 3; threshold 0.1, start 0.15 and lambda 1 of github.com/MattWallingford/TAPS (the
+    Paper: arXiv:2203.16708; threshold 0.1, start 0.15 and lambda 1 of github.com/MattWallingford/TAPS (the
         first author's, "unofficial") at 87e9188, models/taps_net.py, options.py and train_sequential.py.
     Departs from the paper: the penalty acts from the first step (there after 2 epochs), and L is the number of sites
         (52 in the code, whatever the model). Deltas of layers that are off are kept in the file. Norms and head stay
