@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,16 @@ from plures.engine.ask import BASE, Ask, Chosen, Overloaded, Piece, Prompt, Unav
 from plures.engine.batch import Deliver, Row, flatten
 from plures.engine.cache import BLOCK
 from plures.engine.choose import Chooser, Grammars, Words, chosen, greedy
-from plures.engine.decoder import Decoder, Flat, why_not_native
+from plures.engine.decoder import Flat
+from plures.engine.decoders import decoder_of
 from plures.engine.lately import Lately
 from plures.engine.limits import Settings
 from plures.engine.model import Base, encode_prompt
 from plures.engine.schedule import Queue, Share, Waiting
 from plures.engine.tiers import Tiers
-from plures.engine.wrapped import Wrapped
 from plures.tensors.variant import Variant
 
-_PIECE = 4  # a heavy tenant's prompts are computed this much at a time less than `prefill_tokens`
-
-def decoder_of(model: Any, settings: Settings) -> Decoder | Wrapped:
-    """What computes for this model: native on the CPU or a CUDA device, or its own module.
-
-    Raises: WrongUse for an architecture that a device does not take; MissingExtra without triton.
-    """
-    dtype, why = torch.bfloat16 if settings.bfloat16 else torch.float32, why_not_native(model.config)
-    there = not why and torch.cuda.is_available() and find_spec("triton") is not None
-    if settings.device == "cuda" or (settings.device == "auto" and there):
-        if why:
-            raise WrongUse(f"this base is served on the CPU only: {why}; leave --device out")
-        from plures.engine.device import DeviceDecoder  # triton is an extra
-
-        return DeviceDecoder(model, dtype, "cuda")
-    return Wrapped(model, dtype) if why else Decoder(model, dtype)
-
+_PIECE = 4  # a heavy tenant's prompts are computed in pieces of so many times less than `prefill_tokens`
 
 class Engine:
     """Answers requests from a base and any number of its variants; see `Serving` for what doors call.
