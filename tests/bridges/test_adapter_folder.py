@@ -284,6 +284,7 @@ LORAS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def peft_folder(base: Callable[[], Any], tmp_path: Path) -> Callable[..., Path]:
     def make(config: Any) -> Path:
+        torch.manual_seed(0)  # PEFT draws A from torch's own generator
         drawn(get_peft_model(base(), config)).save_pretrained(tmp_path / "peft")
         return tmp_path / "peft"
 
@@ -302,7 +303,7 @@ def test_a_plain_peft_lora_comes_in_with_the_same_logits(
     near = 1e-5 * theirs.abs().max()  # a pattern's scale is folded into B, which rounds it once more
     assert (ours(fleet, "theirs", base) - theirs).abs().max() <= near
     merged = merge_into(base(), brought.load())
-    assert (logits(merged) - theirs).abs().max() <= 1e-4
+    assert (logits(merged) - theirs).abs().max() <= 10 * near
     brought.export(tmp_path / "again", as_="lora")  # and out again, for PEFT
     assert (logits(PeftModel.from_pretrained(base(), tmp_path / "again")) - theirs).abs().max() <= near
     assert fleet.bring_in(tmp_path / "again", "again").version.identity == brought.version.identity

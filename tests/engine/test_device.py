@@ -22,8 +22,8 @@ from asking import KINDS, ask, finish, varied
 
 import plures.engine
 from plures.core.errors import MissingExtra, WrongUse
+from plures.engine import decoders
 from plures.engine import kernels as loops
-from plures.engine import serving
 from plures.engine.ask import BASE
 from plures.engine.bank import Packed, Site, pack
 from plures.engine.decoder import Chunk, Decoder, Flat, _factor
@@ -283,7 +283,7 @@ def test_the_engine_answers_the_same_on_a_device(
         return [a.ids for a in made]
 
     want = answers()
-    monkeypatch.setattr(serving, "Decoder", partial(on.device.DeviceDecoder, device=on.at))
+    monkeypatch.setattr(decoders, "Decoder", partial(on.device.DeviceDecoder, device=on.at))
     assert answers() == want
     assert len(set(want)) == 3
 
