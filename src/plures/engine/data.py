@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,13 +31,19 @@ class Example:
     """Token ids with a mask of those to be predicted; the first never counts, since nothing stands before it.
 
     `n_bytes` is the UTF-8 length of the counted text (special tokens are no text). `more` says that the row goes on
-    in the next example, which then begins with this one's last token.
+    in the next example, which then begins with this one's last token. `weights`, where rows have them, are one a token:
+    equal over a row's example, and in a packed window each token's row's.
     """
 
     ids: list[int]
     counted: list[bool]
     n_bytes: int
     more: bool = False
+    weights: list[float] | None = None
+
+    def weighing(self, weight: float | None) -> Example:
+        """The same with `weight` on every token; itself for None."""
+        return self if weight is None else replace(self, weights=[weight] * len(self.ids))
 
     @property
     def n_counted(self) -> int:
@@ -57,8 +63,9 @@ class Encoded(list[Example]):
     blank: int = 0
 
 
-def encode(rows: Rows, tokenizer: Any, *, max_tokens: int, mask_prompt: bool = True) -> Encoded:
-    """The rows as token ids of at most `max_tokens` each.
+def encode(rows: Rows, tokenizer: Any, *, max_tokens: int, mask_prompt: bool = True,
+           weights: Sequence[float] | None = None) -> Encoded:  # fmt: skip
+    """The rows as token ids of at most `max_tokens` each, with `weights`, one a row, on their tokens.
 
     A text, and a completion, is closed by the end-of-text token where the tokenizer has one; in chats the template
     says what closes a turn. What counts: of a text all but its first token; of prompt + completion the completion
@@ -76,10 +83,11 @@ def encode(rows: Rows, tokenizer: Any, *, max_tokens: int, mask_prompt: bool = T
         raise WrongUse("rows of prompt, chosen and rejected train with loss: {method: dpo}; to learn or score the "
                        "chosen answers alone, map columns: {completion: chosen}")  # fmt: skip
     out, lost = Encoded(), []
-    for row, place in zip(rows.items, rows.places, strict=True):
+    each: Sequence[float | None] = [None] * len(rows) if weights is None else weights
+    for row, place, weight in zip(rows.items, rows.places, each, strict=True):
         if rows.format == "text":
             windows = _windows(_text(row["text"], tokenizer), max_tokens)
-            out.extend(windows)
+            out.extend(w.weighing(weight) for w in windows)
             out.cut += len(windows) > 1
             out.blank += not windows
             continue
@@ -87,7 +95,7 @@ def encode(rows: Rows, tokenizer: Any, *, max_tokens: int, mask_prompt: bool = T
         out.truncated += len(tokens.ids) > max_tokens
         one = tokens.example(0, max_tokens)
         if one.n_counted:
-            out.append(one)
+            out.append(one.weighing(weight))
         elif any(tokens.counted):
             lost.append((place, tokens.counted.index(True)))
         else:
@@ -237,11 +245,14 @@ class _Window:
     ids: list[int] = field(default_factory=list)
     counted: list[bool] = field(default_factory=list)
     n_bytes: int = 0
+    weights: list[float] = field(default_factory=list)
 
     def take(self, tokens: int) -> Example:
         """The first `tokens` of it as an example; its first token has nothing before it and does not count."""
-        out = Example(self.ids[:tokens], [False, *self.counted[1:tokens]], self.n_bytes)
+        out = Example(self.ids[:tokens], [False, *self.counted[1:tokens]], self.n_bytes,
+                      weights=self.weights[:tokens] or None)  # fmt: skip
         self.ids, self.counted, self.n_bytes = self.ids[tokens:], self.counted[tokens:], 0
+        self.weights = self.weights[tokens:]
         return out
 
 
@@ -267,6 +278,7 @@ def pack(examples: Sequence[Example], *, tokens: int, eos_id: int | None = None)
         if masked and window.ids and len(window.ids) + len(ids) > tokens:
             out.append(window.take(tokens))
         window.ids, window.counted = window.ids + ids, window.counted + counted
+        window.weights = window.weights + (e.weights or [])[:1] * len(ids)
         while len(window.ids) > tokens:
             out.append(window.take(tokens))
         window.n_bytes += e.n_bytes
@@ -279,7 +291,8 @@ def pack(examples: Sequence[Example], *, tokens: int, eos_id: int | None = None)
 def _stack(examples: Sequence[Example], width: int, pad_id: int) -> dict[str, Tensor]:
     """`input_ids`, `labels` and `attention_mask`, int64 `[rows, width]`, padded on the right.
 
-    Labels stand at their own token's place, as transformers takes them: the loss shifts.
+    Labels stand at their own token's place, as transformers takes them: the loss shifts. Where examples have weights,
+    so do `weights`, float32 and 0 on padding.
     """
     ids = np.full((len(examples), width), pad_id, np.int64)
     labels = np.full((len(examples), width), IGNORED, np.int64)
@@ -288,7 +301,12 @@ def _stack(examples: Sequence[Example], width: int, pad_id: int) -> dict[str, Te
         n = len(e.ids)
         ids[i, :n], mask[i, :n] = e.ids, 1
         labels[i, :n] = np.where(e.counted, e.ids, IGNORED)
-    return {k: torch.from_numpy(v) for k, v in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
+    made = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    if examples[0].weights is not None:
+        weights = made["weights"] = np.zeros(ids.shape, np.float32)
+        for i, e in enumerate(examples):
+            weights[i, : len(e.ids)] = e.weights
+    return {k: torch.from_numpy(v) for k, v in made.items()}
 
 
 def _check_fit(examples: Sequence[Example], batch_rows: int, tokens: int) -> None:
@@ -350,7 +368,7 @@ class Batches:
         return self.order.at(step)
 
     def at(self, step: int) -> dict[str, Tensor]:
-        """Batch number `step`, from 0 on: `input_ids`, `labels` and `attention_mask`, int64 `[batch_rows, tokens]`."""
+        """Batch number `step`, from 0 on, as `_stack` lays it: tensors of shape `[batch_rows, tokens]`."""
         chosen = [self.windows[i] for i in self.rows_at(step)]
         width = self.tokens if self.packing else max(len(e.ids) for e in chosen)
         return _stack(chosen, width, self.pad_id)

@@ -57,7 +57,8 @@ class Settings:
 class BatchSource(Protocol):
     """Batches by number: `at(k)` gives `input_ids`, `labels` and `attention_mask`, int64 `[rows, tokens]`.
 
-    Where the mask is of another shape, `present` says which tokens are there; a loss may ask for more.
+    Where the mask is of another shape, `present` says which tokens are there; a loss may ask for more, and rows
+    may have `weights` (see `plures.loss`).
     """
 
     def at(self, step: int) -> dict[str, Tensor]: ...

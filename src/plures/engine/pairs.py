@@ -82,13 +82,13 @@ class PairBatches:
     A batch has these tensors (R rows: twice the pairs, or as many where `shared`; T tokens of the longest row):
     `input_ids`, `labels` (at their own token's place, -100 where not counted), `from_` (the place in the row whose
     logits predict the token), `side` (0 chosen, 1 rejected) and `present`, int64 `[R, T]`; `pair [R]`;
-    `reference [pairs, 2]`; and `attention_mask`, int64 `[R, T]`, or where `shared` of `dtype` and `[R, 1, T, T]`, added
-    to the attention's scores, with `position_ids [R, T]`.
+    `reference [pairs, 2]`, and where pairs have them `weights [pairs]`, float32; and `attention_mask`, int64 `[R, T]`,
+    or where `shared` of `dtype` and `[R, 1, T, T]`, added to the attention's scores, with `position_ids [R, T]`.
     """
 
     def __init__(self, pairs: Sequence[Pair], *, batch_rows: int, seed: int, pad_id: int, shared: bool = False,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                 shuffled: bool = True) -> None:  # fmt: skip
+                 shuffled: bool = True, weights: Sequence[float] | None = None) -> None:  # fmt: skip
         if batch_rows < 1:
             raise WrongUse(f"batch_rows must be at least 1, got '{batch_rows}'")
         if not pairs:
@@ -97,6 +97,7 @@ class PairBatches:
         self.dtype, self.device = dtype, device
         self.order = Order(len(pairs), batch_rows, seed, shuffled)
         self.reference = torch.zeros(len(pairs), 2)
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -134,6 +135,8 @@ class PairBatches:
         }  # fmt: skip
         out = {k: torch.from_numpy(v).to(self.device) for k, v in made.items()}
         out["reference"] = self.reference[list(chosen)].to(self.device)
+        if self.weights is not None:
+            out["weights"] = self.weights[list(chosen)].to(self.device)
         if not self.shared:
             return out | {"attention_mask": out["present"]}
         mask = block_mask(torch.from_numpy(part).to(self.device), self.dtype)

@@ -88,7 +88,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], loss: 
     """The held-out loss of `model` under any objective, over all `batches`."""
     was = model.training
     model.eval()
-    nats, count, shown = 0.0, 0, Means()
+    nats, count, shown = 0.0, 0.0, Means()
     try:
         for batch in batches:
             summed, more = loss.summed(logits_of(model, batch, autocast), batch)
@@ -98,7 +98,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[dict[str, Tensor]], loss: 
         model.train(was)
     if not count:
         raise BadInput(f"held-out data has no {loss.unit} to score")
-    return LossScore(nats / count, loss.unit, shown.over(count), count)
+    return LossScore(nats / count, loss.unit, shown.over(count), int(count))
 
 
 class Means(dict[str, float]):
@@ -109,8 +109,8 @@ class Means(dict[str, float]):
         for name, value in more.items():
             self[name] = self.get(name, 0.0) + value.item()
 
-    def over(self, count: int) -> dict[str, float]:
-        """The means over `count` units."""
+    def over(self, count: float) -> dict[str, float]:
+        """The means over `count` units, or over units whose weights sum to that."""
         return {name: value / count for name, value in self.items()}
 
 

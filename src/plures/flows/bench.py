@@ -98,6 +98,7 @@ def _ready(recipe: BenchRecipe, tenant: TenantPart) -> tuple[Any, dict[str, Any]
 
     from plures.engine.data import encode, read_rows
     from plures.engine.model import load_base, reference
+    from plures.engine.row_weights import refuse
 
     torch.set_num_threads(1)
     if recipe.base not in _kept:
@@ -105,10 +106,9 @@ def _ready(recipe: BenchRecipe, tenant: TenantPart) -> tuple[Any, dict[str, Any]
     base = _kept[recipe.base]
     key = recipe.base, tenant.name, recipe.max_tokens
     if key not in _kept:
-        _kept[key] = {
-            part: encode(read_rows(getattr(tenant, part)), base.tokenizer, max_tokens=recipe.max_tokens)
-            for part in ("train", "valid", "test")
-        }
+        rows = {part: read_rows(getattr(tenant, part)) for part in ("train", "valid", "test")}
+        refuse(rows["train"], "plures bench")
+        _kept[key] = {part: encode(of, base.tokenizer, max_tokens=recipe.max_tokens) for part, of in rows.items()}
     return base, _kept[key]
 
 

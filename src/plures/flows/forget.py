@@ -20,6 +20,7 @@ from plures.core.events import Sink
 from plures.core.recipe import load
 from plures.engine.data import Rows, read_rows
 from plures.engine.packed import FOLDER, path_of
+from plures.engine.row_weights import NONE
 from plures.flows.desk import Desk
 from plures.flows.recipes import TrainRecipe
 from plures.flows.shards import Job, Seen, job, marks, run_all, shards_of
@@ -159,7 +160,8 @@ def _without(fleet: Path, known: _Fleet, version: Version, lost: frozenset[str],
     Raises: BadInput where the files do not hold the rows that it saw and keeps, in the order of each shard.
     """
     seen, said = known.seen[version.ref], known.facts[version.ref]["recipe"]
-    recipe = load(TrainRecipe, {**said, "fleet": str(fleet)}, where=f"the recipe of {version.ref}")
+    said = {**said, "fleet": str(fleet), "data": {"weight": NONE, **said["data"]}}  # older ones weighed nothing
+    recipe = load(TrainRecipe, said, where=f"the recipe of {version.ref}")
     data = recipe.data
     rows, held = read(recipe, source, None, share=False)
     of = [str(shard) for shard in shards_of(rows, seen.count, seen.key)]

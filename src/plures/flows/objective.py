@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from plures.engine.data import Batches, Example, Rows, encode, held_out
 from plures.engine.loop import BatchSource
 from plures.engine.model import Base
 from plures.engine.pairs import PairBatches, check_shared, encode_pairs, log_probs
+from plures.engine.row_weights import NONE, column_of, counting, weights_of
 from plures.engine.score import LossScore, Score, evaluate, evaluate_loss
 from plures.flows.recipes import TrainRecipe
 from plures.loss import Loss, losses
@@ -56,6 +57,24 @@ def check_rows(recipe: TrainRecipe, loss: Loss, *several: Rows | None) -> None:
                            "{completion: chosen}")  # fmt: skip
 
 
+def weighted(recipe: TrainRecipe, *several: Rows) -> TrainRecipe:
+    """The recipe with the column of weights that the rows have; "none" where all count alike.
+
+    Raises: BadInput for a bad weight, and where one of the sets of rows weighs nothing.
+    """
+    column = next((c for rows in several if (c := column_of(rows, recipe.data.weight)) != NONE), NONE)
+    for rows in several:
+        weights_of(rows, column)
+    return replace(recipe, data=replace(recipe.data, weight=column))
+
+
+def check_alike(column: str) -> None:
+    """Raises: WrongUse for a column of weights in a run with shards: forgetting knows rows by their content alone."""
+    if column != NONE:
+        raise WrongUse(f"shards count every row alike, and the column {column!r} has weights that plures forget "
+                       f"could not hold to: set data.weight={NONE}, or train without shards")  # fmt: skip
+
+
 def material(recipe: TrainRecipe, loss: Loss, base: Base, rows: Rows, held: Rows | None) -> Material:
     """The rows as the loss takes them."""
     return (Pairs if "pairs" in loss.needs else Texts)(recipe, loss, base, rows, held)
@@ -66,7 +85,8 @@ class Texts:
 
     def __init__(self, recipe: TrainRecipe, loss: Loss, base: Base, rows: Rows, held: Rows | None) -> None:
         part, self.recipe, self.base = recipe.data, recipe, base
-        examples = encode(rows, base.tokenizer, max_tokens=part.max_tokens)
+        rows, weights = counting(rows, part.weight)
+        examples = encode(rows, base.tokenizer, max_tokens=part.max_tokens, weights=weights)
         self.batches = Batches(examples, batch_rows=recipe.train.batch_rows, tokens=part.max_tokens,
                                packing=part.packing, seed=recipe.seed, pad_id=pad_id(base),
                                shuffled=part.order == "shuffled")  # fmt: skip
@@ -95,15 +115,16 @@ class Pairs:
     def __init__(self, recipe: TrainRecipe, loss: Loss, base: Base, rows: Rows, held: Rows | None) -> None:
         self.recipe, self.loss = recipe, loss
 
-        def batches(of: Rows) -> PairBatches:
+        def batches(of: Rows, weights: list[float] | None = None) -> PairBatches:
             return PairBatches(
                 encode_pairs(of, base.tokenizer, max_tokens=recipe.data.max_tokens), seed=recipe.seed,
                 batch_rows=recipe.train.batch_rows, pad_id=pad_id(base), dtype=base.model.dtype,
                 device=base.model.device, shared=getattr(loss, "share_prefix", False),
-                shuffled=recipe.data.order == "shuffled",
+                shuffled=recipe.data.order == "shuffled", weights=weights,
             )  # fmt: skip
 
-        self.train, self.held = batches(rows), batches(held) if held else None
+        rows, weights = counting(rows, recipe.data.weight)
+        self.train, self.held = batches(rows, weights), batches(held) if held else None
         self.by_rows = {rows.fingerprint: self.train} | ({held.fingerprint: self.held} if held and self.held else {})
 
     def __len__(self) -> int:

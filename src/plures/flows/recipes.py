@@ -27,6 +27,7 @@ class DataPart:
     order: Literal["shuffled", "given"] = opt(
         "shuffled", "given: as the rows stand in the file, from easy to hard, or epoch by epoch as they were chosen"
     )
+    weight: str = opt("auto", "column of weights that losses count by; auto: plures_weight where rows have it; none")
 
 
 @dataclass
@@ -182,6 +183,10 @@ class SelectRecipe:
     features: str = opt("", "column of vectors, or a folder of plures embed; none: the texts' n-grams are hashed")
     text: str = opt("text", "column of texts, where there are no vectors")
     labels: str = opt("", "column of lists of tags, or of weights by tag")
+    label_vectors: str = opt(
+        "", "rows label, vector: alike labels share (mig); or a folder of plures embed: names are embedded as its rows"
+    )
+    label_threshold: float = opt(0.9, "the cosine from which on two labels are alike", gt=0.0, le=1.0)
     tokens: str = opt("", "column of token counts, which a budget in tokens needs")
     id: str = opt("", "column that names rows; two rows of one name are an error")
     target: str = opt("", "rows of the target, for methods that need them, with the same columns")
@@ -309,8 +314,64 @@ class RateRecipe:
     seed: int = opt(0, "seed of every random number; gradients are compared only where it is the same", ge=0)
 
 
+@dataclass
+class EvolveRecipe:
+    """`plures evolve`: search among mixtures of a fleet's variants, several tasks in turn."""
+
+    fleet: str = opt(help="the fleet's folder")
+    name: str = opt(help="what the best all-round is called; the best at a task is <name>-<task>")
+    variants: list[str] = opt(help="variants that are mixed, two or more, e.g. [support, legal@3]")
+    tasks: list[str] = opt(
+        default_factory=list, help="files of rows, one for each task, which is called as its file; two or more"
+    )
+    check: list[str] = opt(
+        default_factory=list, help="files of rows for the comparison in the end, one for each task; none: a share"
+    )
+    check_share: float = opt(0.5, "share of a task's rows that is kept for the comparison", gt=0.0, lt=1.0)
+    columns: dict[str, str] = opt(default_factory=dict, help="your names of the columns, e.g. {text: body}")
+    generations: int = opt(200, "children that are made and scored", ge=0)
+    bins: int = opt(15, "bins of a task's scores, by which elites differ", ge=1)
+    spread: float = opt(0.01, "standard deviation of the two parents' weights, which are 1 on average", ge=0.0)
+    rate: float = opt(0.1, "most that a singular value grows by in a mutation, as a share of it", ge=0.0)
+    mutate: Literal["expert", "own"] = opt(
+        "expert", "along whose singular directions: those of the variant that is best at the task, or the child's own"
+    )
+    rank: int = opt(0, "rank of every mixture; 0: exact, the sum of the variants' ranks", ge=0)
+    max_tokens: int = opt(512, "tokens of one window", ge=2)
+    batch_rows: int = opt(8, "windows in one forward pass", ge=1)
+    base_dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "dtype of the base")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    save_every: int = opt(10, "keep what a resume needs every so many generations; 0: at the end only", ge=0)
+    run: str = opt("", "folder of the search; none: <fleet>/runs/evolve-<name>-<hash of what decides it>")
+    seed: int = opt(0, "seed of every random number", ge=0)
+
+
+@dataclass
+class PackRecipe:
+    """`plures pack`: a fleet's variants in fewer bytes, in a fleet of their own."""
+
+    fleet: str = opt(help="the fleet whose variants are packed; it is only read")
+    out: str = opt("", "the fleet that they go to, made where it is not there; none: beside it, .packed.fleet")
+    variants: list[str] = opt(default_factory=list, help="which, e.g. [support, legal@3]; none: the latest of all")
+    pack: dict[str, Scalar] = opt(
+        default_factory=lambda: {"method": "klt"}, help="the packer and its options, e.g. {method: klt, error: 0.05}"
+    )
+    held_out: str = opt("", "rows to score on, with {name} for the variant's name; none: no scores")
+    recovery: float = opt(
+        0.985, "least share of a variant's gain on held-out rows; below it is packed finer, or kept", ge=0.0, le=1.0
+    )
+    refit: bool = opt(False, "fit to all variants anew, where packed ones are there already")
+    compare: bool = opt(False, "also say what int8, int4 and SVD would take")
+
+    def method(self) -> tuple[str, dict[str, Any]]:
+        """The packer's name and its options."""
+        rest = dict(self.pack)
+        return str(rest.pop("method", "klt")), rest
+
+
 RECIPES: dict[str, type] = {
     "train": TrainRecipe, "bench": BenchRecipe, "select": SelectRecipe, "embed": EmbedRecipe, "near": NearRecipe,
-    "weigh": WeighRecipe, "rate": RateRecipe,
+    "weigh": WeighRecipe, "rate": RateRecipe, "evolve": EvolveRecipe,
+    "pack": PackRecipe,
 }  # fmt: skip
 """By verb, for `plures recipe <verb>`."""

@@ -21,7 +21,9 @@ from plures.core.events import Sink
 from plures.core.seeds import stream
 from plures.engine.data import FORMATS, Rows, split_rows
 from plures.engine.model import Base
+from plures.engine.row_weights import NONE, column_of
 from plures.engine.rows import canonical
+from plures.flows import objective
 from plures.flows import train as flow
 from plures.flows.recipes import ShardsPart, TrainRecipe
 from plures.store import Store
@@ -83,6 +85,12 @@ def shards_of(rows: Rows, count: int, key: str) -> list[int]:
     return [stream(0, "shard", canonical(row[key] if key else content(rows, row))) % count for row in rows]
 
 
+def alike(recipe: TrainRecipe, rows: Rows) -> TrainRecipe:
+    """The recipe, which counts all rows alike. Raises: WrongUse where it names weights, or the rows have them."""
+    objective.check_alike(column_of(rows, recipe.data.weight))
+    return replace(recipe, data=replace(recipe.data, weight=NONE))
+
+
 def reached(index: int, count: int, reach: int) -> list[int]:
     """The shards that variant `index` sees: its row of the shard graph."""
     return [(index + step) % count for step in range(reach)]
@@ -91,8 +99,9 @@ def reached(index: int, count: int, reach: int) -> list[int]:
 def job(recipe: TrainRecipe, seen: Seen, rows: Rows, of: Sequence[int], held: Rows | None) -> Job:
     """What trains variant `seen.index` on `rows`, which stand in the shards `of`; `held` is the recipe's `held_out`.
 
-    Raises: WrongUse where the held-out share leaves nothing to train on.
+    Raises: WrongUse where the held-out share leaves nothing to train on, or the rows have weights.
     """
+    recipe = alike(recipe, rows)
     by: dict[str, list[str]] = {str(s): [] for s in reached(seen.index, seen.count, seen.reach)}
     for mark, shard in zip(marks(rows), of, strict=True):
         by[str(shard)].append(mark)

@@ -110,6 +110,7 @@ def train_tasks(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bo
     rows, held = flow.read(recipe, rows, held, share=False)
     objective.check_rows(recipe, planned.loss, rows, held)
     tasks = split(recipe, rows, held)
+    recipe = objective.weighted(recipe, *(task.rows for task in tasks))
     with flow.opened_run(recipe, rows, sinks, resume) as run, Store.open(Path(recipe.fleet)) as store:
         before = start.find(recipe, store)
         flow.begin(recipe, run.folder, rows, before[0].identity if before else "")
@@ -164,7 +165,7 @@ def _fit(planned: flow.Plan, recipe: TrainRecipe, base: Base, tasks: Sequence[Ta
                           turn=lambda batch: choose(model, tasks[int(batch["task"])].slot))  # fmt: skip
         events.emit("start", name=recipe.name, method=name, steps=settings.steps, tasks=len(tasks),
                     trained=sum(p.numel() for p in trainer.trained.values()), rows=sum(len(t.rows) for t in tasks),
-                    batches=len(batches), sites=len(planned.sites))  # fmt: skip
+                    batches=len(batches), sites=len(planned.sites), weight=recipe.data.weight)  # fmt: skip
         if resume:
             trainer.resume()
         outcome = trainer.fit(batches, score if judges else None)

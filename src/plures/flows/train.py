@@ -25,6 +25,7 @@ from plures.core.recipe import dump, to_dict
 from plures.engine.data import Rows, read_rows, split_rows
 from plures.engine.loop import Outcome, Settings, Trainer
 from plures.engine.model import Base, empty_base, find_sites, load_base
+from plures.engine.row_weights import AUTO, COLUMN, NONE, weights_of
 from plures.engine.score import LossScore
 from plures.engine.score import Score as HeldOutScore
 from plures.flows import objective, selection, start
@@ -39,9 +40,10 @@ from plures.tensors.variant import Variant
 
 __all__ = ["Plan", "Trained", "device", "on_device", "pad_id", "plan", "run_folder", "train"]
 
-# what runs are of that began when no loss, start, shards or tasks could be chosen
+# what runs are of that began when no loss, start, shards, tasks or weights could be chosen
 ALWAYS: dict[str, Any] = {"loss": {"method": "sft"}, "start": {"variant": "", "take": [], "freeze": []},
-                          "shards": {"count": 0, "reach": 2, "key": ""}, "tasks": {"key": ""}}  # fmt: skip
+                          "shards": {"count": 0, "reach": 2, "key": ""}, "tasks": {"key": ""},
+                          "weight": NONE}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,16 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as people read it."""
         groups: dict[str, list[Site]] = {}
+        weight = self.recipe.data.weight
         for site in self.sites:
             groups.setdefault(f"{site.kind} [{site.out}, {site.into}]", []).append(site)
         return [
             *(f"{len(members):4d} x {kind}" for kind, members in groups.items()),
             f"{self.trained:,} trained numbers ({100 * self.trained / self.base_parameters:.3f} % of the base's "
             f"{self.base_parameters:,}), {self.n_bytes:,} bytes as float32",
-        ]
+            {AUTO: f"each row's loss counts by its {COLUMN} where the rows have that column (data.weight: {AUTO})",
+             NONE: "all rows count alike"}.get(weight, f"each row's loss counts by its {weight!r}"),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ def plan(recipe: TrainRecipe) -> Plan:
         check_alias(alias)
     name, options = recipe.method()
     method, loss = adapts.make(name, **options), objective.loss_of(recipe)
+    if recipe.shards.count and recipe.data.weight != AUTO:
+        objective.check_alike(recipe.data.weight)
     with Store.open(Path(recipe.fleet)) as store:
         base = empty_base(store.base)
     sites = tuple(find_sites(base, recipe.targets, recipe.layers))
@@ -119,7 +126,8 @@ def run_folder(recipe: TrainRecipe, rows: Rows | None = None, resume: bool = Fal
 
 def _older(key: str, value: Any) -> Any:
     """What a recipe says under `key`, without what all runs had before it could be said."""
-    return {k: v for k, v in value.items() if (k, v) != ("order", "shuffled")} if key == "data" else value
+    always = (("order", "shuffled"), ("weight", NONE), ("weight", AUTO))  # auto: not read yet; a run says what it found
+    return {k: v for k, v in value.items() if (k, v) not in always} if key == "data" else value
 
 
 def _said(folder: Path) -> dict[str, Any] | None:
@@ -140,6 +148,7 @@ def begin(recipe: TrainRecipe, folder: Path, rows: Rows, started_from: str) -> N
     """
     free = ("fleet", "run", "tensorboard", "aliases", "train")
     said = {k: _older(k, v) for k, v in to_dict(recipe).items() if k not in free} | {"rows": rows.fingerprint}
+    said["weight"] = said["data"].pop("weight", NONE)  # by itself, so that an error names it
     if started_from:  # an alias that has moved would mix two starts
         said["started_from"] = started_from
     path = folder / "of.json"
@@ -192,6 +201,8 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
     chosen = {} if rows is not None else selection.facts(selection.resolve(recipe.fleet, recipe.data.train))
     train_rows, score_rows = read(recipe, rows, held)
     objective.check_rows(recipe, planned.loss, train_rows, score_rows)
+    recipe = objective.weighted(recipe, train_rows)
+    planned = replace(planned, recipe=recipe)
     with opened_run(recipe, train_rows, sinks, resume) as run, Store.open(Path(recipe.fleet)) as store:
         before = start.find(recipe, store)
         begin(recipe, run.folder, train_rows, before[0].identity if before else "")
@@ -278,12 +289,17 @@ def device(wanted: str, key: str = "train.device") -> str:
 
 
 def read(recipe: TrainRecipe, rows: Rows | None, held: Rows | None, share: bool = True) -> tuple[Rows, Rows | None]:
-    """The rows to train and to score on; `share` holds some of the first back where there are no others."""
+    """The rows to train and to score on; `share` holds some of the first back where there are no others.
+
+    Weights are for training: rows are scored alike.
+    Raises: BadInput for a row with a bad weight.
+    """
     part = recipe.data
     if rows is None:
         rows = read_rows(selection.resolve(recipe.fleet, part.train), columns=part.columns, limit=part.limit)
     if held is None and part.held_out:
         held = read_rows(part.held_out, columns=part.columns)
+    weights_of(rows, part.weight)
     if share and held is None and part.held_out_share and len(rows) > 1:
         rows, held = split_rows(rows, part.held_out_share, recipe.seed)
     return rows, held if held else None
@@ -322,7 +338,8 @@ def _fit(planned: Plan, base: Base, rows: Rows, held: Rows | None, run: Run,
         batches, score = material.ready(model, run.folder)
         trainer = Trainer(model, how, run.folder, run.events, take_auxiliary, planned.loss)
         run.events.emit("start", name=recipe.name, method=name, steps=how.steps, trained=planned.trained,
-                        rows=len(rows), batches=len(material), sites=len(planned.sites))  # fmt: skip
+                        rows=len(rows), batches=len(material), sites=len(planned.sites),
+                        weight=recipe.data.weight)  # fmt: skip
         if resume:
             trainer.resume()
         outcome = trainer.fit(batches, score)

@@ -27,6 +27,7 @@ from plures.core.recipe import to_dict
 from plures.core.seeds import stream
 from plures.engine.data import Batches, Rows, encode, read_rows
 from plures.engine.model import Base, find_sites, load_base
+from plures.engine.row_weights import refuse
 from plures.engine.score import logits_of
 from plures.engine.weigh import Batch, Settings, Told, Weigher
 from plures.flows import train as flow
@@ -61,7 +62,9 @@ def weigh(recipe: WeighRecipe, *, sinks: tuple[Sink, ...] = (), base: Base | Non
         not what they should be, or do not name their source.
     """
     _check(recipe)
-    sources = split(recipe, read_rows(recipe.rows, columns=recipe.columns))
+    rows = read_rows(recipe.rows, columns=recipe.columns)
+    refuse(rows, "plures weigh")
+    sources = split(recipe, rows)
     held = read_rows(recipe.held_out, columns=recipe.columns)
     device = flow.device(recipe.device, "device")
     with Store.open(Path(recipe.fleet)) as store:

@@ -7,6 +7,8 @@ the loop divides by the counts of the whole step.
 A batch holds the tokens, and what `needs` names:
     "pairs": the rows are `engine.pairs` batches, two answers to each prompt.
     "reference": `[pairs, 2]`, the log-probabilities of both answers before training, taken once for a run.
+Where rows have weights, it also holds `weights`, float32: `[rows, tokens]`, each token's row's, or `[pairs]`. The sums
+are then weighted, and so is the count: the mean of a step is sum_i w_i loss_i / sum_i w_i over its units.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ class Loss(Protocol):
     unit: ClassVar[str]
     needs: ClassVar[frozenset[str]]
 
-    def count(self, batch: Tensors) -> int:
-        """How many units `summed` sums over in this batch."""
+    def count(self, batch: Tensors) -> float:
+        """How many units `summed` sums over in this batch, or the sum of their weights."""
         ...
 
     def summed(self, logits: Tensor, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:

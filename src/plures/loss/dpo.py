@@ -28,13 +28,15 @@ class Dpo:
     margin = beta * [(log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))]
     loss = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin), the mean over pairs; s is the label smoothing
 
+    Where pairs have weights, the mean is weighted by them, and so are the shown accuracy and margin.
+
     Options:
         beta: how strongly the model is held to the reference; smaller lets it go further.
         label_smoothing: the share of pairs whose labels are taken to be the wrong way round, in [0, 0.5).
         share_prefix: prompt, chosen and rejected stand in one row under a block mask, so that the prompt is computed
             once (arXiv:2410.20305): the same loss and gradients in less time, most where prompts are long.
 
-    Shapes: logits `[rows, tokens, vocabulary]`; reference `[pairs, 2]`, chosen first.
+    Shapes: logits `[rows, tokens, vocabulary]`; reference `[pairs, 2]`, chosen first; weights, if any, `[pairs]`.
     Raises: WrongUse for a beta or label smoothing out of range.
     Paper: arXiv:2305.18290 equation 7; label smoothing is its authors' conservative DPO; prefix sharing is
         arXiv:2410.20305, figure 1.
@@ -53,8 +55,10 @@ class Dpo:
         if not 0 <= self.label_smoothing < 0.5:
             raise WrongUse(f"dpo.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
-    def count(self, batch: Tensors) -> int:
-        """The pairs."""
+    def count(self, batch: Tensors) -> float:
+        """The pairs, or the sum of their weights."""
+        if "weights" in batch:
+            return float(batch["weights"].cpu().double().sum())
         return len(batch["reference"])
 
     def margins(self, log_probs: Tensor, reference: Tensor) -> Tensor:
@@ -69,5 +73,8 @@ class Dpo:
         nats = -(1 - s) * logsigmoid(margin)
         if s:
             nats = nats - s * logsigmoid(-margin)
-        shown = {"accuracy": (margin > 0).sum(), "margin": margin.detach().sum()}
-        return torch.sum(nats), shown
+        right, by = margin > 0, margin.detach()
+        if "weights" in batch:
+            w = batch["weights"]
+            nats, right, by = w * nats, w * right, w * by
+        return torch.sum(nats), {"accuracy": right.sum(), "margin": by.sum()}

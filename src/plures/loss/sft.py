@@ -23,9 +23,12 @@ class Sft:
 
     loss = -1/n sum over counted t of log pi(y_t | y_<t)
 
+    With a weight w_t for each token, that of its row, it is -sum w_t log pi(y_t | y_<t) / sum w_t.
+
     Options: none.
 
-    Shapes: logits `[rows, tokens, vocabulary]`, labels `[rows, tokens]` with -100 where a token does not count.
+    Shapes: logits `[rows, tokens, vocabulary]`, labels `[rows, tokens]` with -100 where a token does not count; weights
+        `[rows, tokens]`, if any.
     Paper: none.
     Departs from the paper: nowhere.
     """
@@ -33,12 +36,17 @@ class Sft:
     unit: ClassVar[str] = "token"
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def count(self, batch: Tensors) -> int:
-        """The counted tokens; a row's first has nothing before it."""
-        return int((batch["labels"][:, 1:] != -100).sum())
+    def count(self, batch: Tensors) -> float:
+        """The counted tokens, or the sum of their weights; a row's first has nothing before it."""
+        counted = batch["labels"][:, 1:] != -100
+        if "weights" in batch:
+            return float(batch["weights"][:, 1:][counted].cpu().double().sum())
+        return int(counted.sum())
 
     def summed(self, logits: Tensor, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed cross-entropy, and nothing else to show."""
+        if "weights" in batch:
+            return weighted_loss(logits, batch["labels"], batch["weights"]), {}
         return summed_loss(logits, batch["labels"])[0], {}
 
 
@@ -51,3 +59,11 @@ def summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     target = labels[:, 1:].flatten()
     nats = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, ignore_index=-100, reduction="sum")
     return nats, int((target != -100).sum())
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """As `summed_loss`, each counted token times its weight; weights `[rows, tokens]`, at their own token's place."""
+    target = labels[:, 1:].flatten()
+    scores = logits[:, :-1].flatten(0, 1).float()
+    nats = nn.functional.cross_entropy(scores, target, ignore_index=-100, reduction="none")
+    return (nats * weights[:, 1:].flatten()).sum()
