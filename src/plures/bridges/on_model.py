@@ -150,6 +150,19 @@ def as_lora(variant: Variant) -> Variant:
                    dict.fromkeys(variant.group_of, ""), own, {}, variant.extra, facts)  # fmt: skip
 
 
+def factors(variant: Variant) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """By site, `B [out, r]` and `A [r, into]` of a variant's delta, float32, scale included; None for other methods."""
+    method = adapts.make(variant.method, **variant.options)
+    if not hasattr(method, "factors"):
+        return None
+    out = {}
+    for site in variant.sites:
+        own, pool = variant.own[site.name], variant.pool.get(variant.group_of[site.name], {})
+        B, A = method.factors(_floats(own), _floats(pool))
+        out[site.name] = B.float(), A.float()
+    return out
+
+
 @torch.no_grad()
 def merge_into(model: Any, variant: Variant) -> Any:
     """`model`, a fresh base, with the variant's deltas added to its weights in place.

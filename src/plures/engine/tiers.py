@@ -94,12 +94,15 @@ class Tiers:
         assert self.folder is not None
         if not packed.path_of(self.folder, identity).exists():
             with suppress(PluresError):  # whoever asks for it will be told
-                packed.keep(pack(self.fetch(identity), self.places, identity), self.folder)
+                variant = self.fetch(identity)
+                if not _coded(variant):
+                    packed.keep(pack(variant, self.places, identity), self.folder)
 
     def _load(self, identity: str) -> Packed:
         try:
-            made = pack(self.fetch(identity), self.places, identity)
-            if self.folder is not None:
+            variant = self.fetch(identity)
+            made = pack(variant, self.places, identity)
+            if self.folder is not None and not _coded(variant):
                 with suppress(RuntimeError):  # it is being closed; the file is for the next time, and not waited for
                     self._packer.submit(packed.keep, made, self.folder)
             return made
@@ -226,3 +229,8 @@ class Tiers:
         """Stop loading."""
         self._loader.shutdown(wait=True, cancel_futures=True)
         self._packer.shutdown(wait=True, cancel_futures=True)
+
+
+def _coded(variant: Variant) -> bool:
+    """Whether the fleet holds the variant as a code, a tenth of what a file of its numbers would take: none is made."""
+    return "packed" in variant.provenance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plures.core.folder import Folder
 
-CAPABILITIES = ("adapt", "cluster", "loss", "merge", "route", "select")
+CAPABILITIES = ("adapt", "cluster", "loss", "merge", "pack", "route", "select")
 
 
 def folders() -> dict[str, Folder]:

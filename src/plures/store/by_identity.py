@@ -7,11 +7,12 @@ from plures.store import load
 from plures.store.blobs import Blobs
 from plures.store.index import Index
 from plures.store.names import Ref, is_identity, shown
+from plures.store.unpack import Codecs
 from plures.tensors.variant import Variant
 
 
-def load_identity(index: Index, blobs: Blobs, identity: str) -> Variant:
-    """The variant of an identity, every tensor proven.
+def load_identity(index: Index, blobs: Blobs, identity: str, codecs: Codecs | None = None) -> Variant:
+    """The variant of an identity, every tensor proven; one that is packed is decoded, where `codecs` are given.
 
     Raises: WrongUse where no version of the fleet has it; BadInput where a blob or the index is damaged.
     """
@@ -26,7 +27,7 @@ def load_identity(index: Index, blobs: Blobs, identity: str) -> Variant:
         if row is None:
             raise WrongUse(f"no version of this fleet is the variant {shown(identity[:12])}")
         try:
-            return load.load(index, blobs, Ref(row[0], number=row[1]), check=True)
+            return load.load(index, blobs, Ref(row[0], number=row[1]), check=True, codecs=codecs)
         except WrongUse:  # removed since we looked; another version may still be this variant
             if row == before:
                 raise

@@ -14,6 +14,7 @@ from plures.store import check, index, load, publish, sweep, versions
 from plures.store.blobs import Blobs
 from plures.store.by_identity import load_identity
 from plures.store.names import check_alias, check_name, check_text, parse, shown
+from plures.store.unpack import Codecs
 from plures.store.versions import Score, Version
 from plures.tensors.safe import sync_folder
 from plures.tensors.variant import BaseRef, Variant
@@ -36,6 +37,7 @@ class Store:
         self.base = base
         self._index = opened
         self._blobs = blobs
+        self._codecs = Codecs()
 
     @classmethod
     def create(cls, path: Path | str, base: BaseRef, *, wait_s: float = 30.0) -> Self:
@@ -151,19 +153,21 @@ class Store:
         with self._index.read() as db:
             return versions.get_version(db, versions.find_version(db, parsed))
 
-    def load(self, ref: str, *, check: bool = True) -> Variant:
+    def load(self, ref: str, *, check: bool = True, packed: bool = False) -> Variant:
         """The variant of a version, with that version's provenance; `check=False` skips hashing its tensors.
+
+        One that is stored packed comes as the plain LoRA that it stands for; with `packed` as it is stored.
 
         Raises: WrongUse where there is no such version, BadInput where a blob is damaged, naming both.
         """
-        return load.load(self._index, self._blobs, parse(ref), check)
+        return load.load(self._index, self._blobs, parse(ref), check, None if packed else self._codecs)
 
     def load_identity(self, identity: str) -> Variant:
-        """A variant by its identity in hex, whatever names point at it.
+        """A variant by its identity in hex, whatever names point at it; one that is stored packed as plain LoRA.
 
         Raises: WrongUse where no version is that variant, BadInput where a blob is damaged.
         """
-        return load_identity(self._index, self._blobs, identity)
+        return load_identity(self._index, self._blobs, identity, self._codecs)
 
     @property
     def data_version(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from plures.store.blobs import Blobs, Spot
 from plures.store.content import whole_manifest
 from plures.store.index import Index
 from plures.store.names import Ref
+from plures.store.unpack import METHOD, SHARED, Codecs, as_plain
 from plures.store.versions import find_version
 from plures.tensors.safe import tensor_hash
 from plures.tensors.variant import Variant, from_flat, identity_of
@@ -40,8 +41,8 @@ def tensors_of(db: sqlite3.Connection, version: int) -> Where:
     return {name: (hash, blob, (slot, row)) for name, hash, blob, slot, row in rows}
 
 
-def load(index: Index, blobs: Blobs, ref: Ref, check: bool) -> Variant:
-    """The variant of a version.
+def load(index: Index, blobs: Blobs, ref: Ref, check: bool, codecs: Codecs | None = None) -> Variant:
+    """The variant of a version; one that is packed is decoded, where `codecs` are given.
 
     No lock is held while files are read, so that a long gc never stops a server: where a file is gone because gc moved
     its tensors, the index now says where to, and we read again.
@@ -56,11 +57,25 @@ def load(index: Index, blobs: Blobs, ref: Ref, check: bool) -> Variant:
         if identity_of(manifest, {k: w[0].hex() for k, w in where.items()}) != identity.hex():
             raise BadInput(f"{said!r}: the index no longer matches its identity; restore fleet.db from a copy")
         try:
+            if manifest["method"] == METHOD and codecs is not None:
+                return _decoded(blobs, where, said, check, manifest, codecs)
             return from_flat(manifest, _read_all(blobs, where, said, check), repr(said))
         except BadInput:
             if where == before:
                 raise
             before = where
+
+
+def _decoded(blobs: Blobs, where: Where, said: str, check: bool, manifest: dict[str, Any], codecs: Codecs) -> Variant:
+    """A packed variant as plain LoRA; what many share is read once."""
+    hash = where[SHARED][0].hex() if SHARED in where else ""
+    known = codecs.known(manifest, hash)
+    read = {k: w for k, w in where.items() if k != SHARED or not known}
+    packed = from_flat(manifest, _read_all(blobs, read, said, check), repr(said))
+    try:
+        return as_plain(packed, codecs.get(manifest, hash, packed.pool["pack"].get("shared")))
+    except (BadInput, KeyError) as error:
+        raise BadInput(f"{said!r} cannot be decoded: {error}") from error
 
 
 def _read_all(blobs: Blobs, where: Where, said: str, check: bool) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from plures.core.errors import BadInput, disk
@@ -85,6 +85,14 @@ def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = Non
     """The safetensors file of `tensors` as bytes; equal tensors in, equal bytes out, whatever the order."""
     whole = {k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}
     return save(whole, metadata=dict(meta) if meta else None)
+
+
+def from_bytes(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that is in memory. Raises: BadInput."""
+    try:
+        return dict(load(data))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BadInput(f"{len(data)} bytes in memory cannot be read as safetensors: {error}") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

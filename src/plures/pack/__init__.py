@@ -1,0 +1,45 @@
+"""Packers: the low-rank factors of many variants in fewer bytes.
+
+One file here is one method. It is fitted once to a fleet, which gives what all its variants share, and then codes and
+decodes each variant by itself: a variant may be added or taken away and no other changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from plures.core.folder import Folder
+from plures.tensors.site import Site
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""By site, `B [out, r]` and `A [r, into]` of a variant's delta `B A`, float32."""
+Fleet = Callable[[], Iterable[Factors]]
+"""Goes over a fleet's variants, from the first, as often as it is called."""
+packs = Folder("plures.pack", "pack")
+
+
+class Codec(Protocol):
+    """Codes variants of some sites with what their fleet shares."""
+
+    def encode(self, factors: Factors) -> Tensor:
+        """A variant's code, uint8 `[bytes]`."""
+        ...
+
+    def decode(self, code: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The variant of a code, as near to the coded one as the method's options say."""
+        ...
+
+
+class Packer(Protocol):
+    """A way to pack."""
+
+    def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """What all variants share, by leaf; {} for a method that codes each variant by itself."""
+        ...
+
+    def codec(self, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> Codec:
+        """What codes and decodes, made once for many variants."""
+        ...

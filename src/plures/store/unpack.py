@@ -1,0 +1,76 @@
+"""Variants that a fleet holds packed: what is stored is a code and what codes share; what is loaded is plain LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plures.core.errors import BadInput, PluresError
+from plures.pack import Codec, packs
+from plures.tensors import safe
+from plures.tensors.site import Site
+from plures.tensors.variant import Variant
+
+METHOD, GROUP = "packed", "pack"
+CODE, SHARED = f"pool/{GROUP}/code", f"pool/{GROUP}/shared"
+MOST_CODECS = 4
+
+
+class Codecs:
+    """What decodes, made once for all variants that share it."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, str], Codec] = {}
+
+    def known(self, manifest: Mapping[str, Any], shared_hash: str) -> bool:
+        """Whether what these variants share is in memory already."""
+        return (_said(manifest), shared_hash) in self._made
+
+    def get(self, manifest: Mapping[str, Any], shared_hash: str, shared: Tensor | None) -> Codec:
+        """The codec of a packed variant's manifest; `shared` may be None where it is known.
+
+        Raises: BadInput for a packer that this Plures does not have, or damaged content.
+        """
+        key = _said(manifest), shared_hash
+        if key not in self._made:
+            assert shared is not None, "not known yet"
+            while len(self._made) >= MOST_CODECS:
+                self._made.pop(next(iter(self._made)))
+            self._made[key] = codec_of(manifest, shared)
+        return self._made[key]
+
+
+def codec_of(manifest: Mapping[str, Any], shared: Tensor) -> Codec:
+    """What decodes the variants of such a manifest, from the safetensors file that `shared`, uint8, is."""
+    sites = [Site(n, out, into, None, at, depth) for n, out, into, _, at, depth in manifest["sites"]]
+    said = manifest["options"]
+    try:
+        packer: Any = packs.make(said["packer"], **said["options"])
+        made: Codec = packer.codec(sites, safe.from_bytes(shared.numpy().tobytes()))
+    except (PluresError, KeyError, TypeError) as error:
+        raise BadInput(f"a packed variant cannot be decoded: {error}") from error
+    return made
+
+
+def as_plain(packed: Variant, codec: Codec) -> Variant:
+    """The plain LoRA that a packed variant stands for, of the largest rank of its sites."""
+    found = codec.decode(packed.pool[GROUP]["code"])
+    rank = max((A.shape[0] for _, A in found.values()), default=0) or 1
+    own = {}
+    for site in packed.sites:
+        A, B = torch.zeros(rank, site.into), torch.zeros(site.out, rank)
+        if site.name in found:
+            b, a = found[site.name]
+            A[: len(a)], B[:, : b.shape[1]] = a, b
+        own[site.name] = {"A": A, "B": B}
+    facts = {**packed.provenance, METHOD: dict(packed.provenance.get(METHOD, {}))}
+    return Variant("lora", {"r": rank, "alpha": float(rank)}, packed.base, packed.sites,
+                   {s.name: "" for s in packed.sites}, own, {}, packed.extra, facts)  # fmt: skip
+
+
+def _said(manifest: Mapping[str, Any]) -> str:
+    return json.dumps([manifest["options"], manifest["sites"]], sort_keys=True)
