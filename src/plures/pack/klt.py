@@ -18,6 +18,7 @@ from plures.pack import Factors, Fleet
 from plures.tensors.basis import FIRST, MOST_STRENGTH, cells, choose, moments, norm, octaves
 from plures.tensors.coding import Reader, Writer, counted, tables
 from plures.tensors.gauge import Gauged, gauged
+from plures.tensors.pieces import checked
 from plures.tensors.site import Site
 from plures.tensors.turn import Turn
 
@@ -26,7 +27,7 @@ SAMPLE = 64  # variants, at most, that steps and tables are fitted to
 LOW, TOP = -16, 12  # classes with tables: quarter octaves of a number's foreseen size over the step
 FINE = 32  # steps a variant may choose among, in an octave
 WIDEST = 24 * FINE  # how far from the usual step a variant's is looked for
-HEAD = struct.Struct("<Bh")
+HEAD = struct.Struct("<Hh")  # ranks, step
 
 
 @method(
@@ -177,11 +178,13 @@ class Coder:
             classes = [np.clip(c[..., None] - FIRST + np.stack([self.spread[2 * i + side] for i in at])[:, None], LOW,
                                MOST_STRENGTH).astype(np.int8) for side in (0, 1)]  # fmt: skip
             back = [_back(n, k, self.bins) for n, k in zip(numbers, classes, strict=True)]
-            inner = _gram(exact[0], back[0]) * _gram(exact[1] / scale[..., None], back[1] / scale[..., None])
-            itself = _gram(back[0], back[0]) * _gram(back[1] / scale[..., None], back[1] / scale[..., None])
-            energy = (s / size) ** 2
-            per_site = energy.sum(1) - 2 * inner.sum((1, 2)) + itself.sum((1, 2))
-            lost += float((np.maximum(per_site, 0) * size[:, 0] ** 2).sum())
+            # X Y - X' Y' = (X - X') Y + X' (Y - Y'), rows of Y orthonormal: small terms, so nothing cancels
+            Y, like = (x[1] / scale[..., None] for x in (exact, back))
+            short = exact[0] - back[0], Y - like
+            crossed = 2 * _gram(short[0], back[0]) * _gram(Y, short[1])
+            crossed += _gram(back[0], back[0]) * _gram(short[1], short[1])
+            per_site = np.square(short[0], dtype=np.float64).sum((1, 2)) + crossed.sum((1, 2))
+            lost += float((per_site * size[:, 0] ** 2).sum())
             whole += float((s**2).sum())
             strengths[at, : c.shape[1]] = c
             for i, site in enumerate(at):
@@ -227,13 +230,9 @@ class Coder:
     def encode(self, factors: Factors) -> Tensor:
         """A variant's code, uint8 `[bytes]`.
 
-        Raises: BadInput for a site that the fleet did not have, or of another shape.
+        Raises: BadInput for a site that the fleet did not have, of another shape, or not finite.
         """
-        for name, (B, A) in factors.items():
-            if name not in self.at or (B.shape[0], A.shape[1]) != self.widths[self.at[name]]:
-                raise BadInput(f"the pack has no site {name!r} of {B.shape[0]} x {A.shape[1]}; fit it again with this "
-                               "variant")  # fmt: skip
-        forms = gauged(factors)
+        forms = gauged(checked(factors, self.sites))
         if not forms or norm(forms) <= 0:
             return torch.tensor(list(HEAD.pack(0, 0)), dtype=torch.uint8)
         step = self.step_of(forms)
@@ -262,11 +261,19 @@ class Coder:
         if len(data) < HEAD.size:
             raise BadInput(f"a code has at least {HEAD.size} bytes, this one {len(data)}; it is damaged")
         ranks, step = HEAD.unpack_from(data)
+        if abs(step) > FINE * 100:
+            raise BadInput(f"a code has a step of 2**{step / FINE:.0f}; it is damaged")
         if not ranks:
+            if step or len(data) > HEAD.size:
+                raise BadInput("a code of nothing goes on; it is damaged")
             return {}
         reader = Reader(data[HEAD.size :])
         n = len(self.sites)
+        if ranks > max(min(w) for w in self.widths):
+            raise BadInput(f"a code of rank {ranks}, which none of its sites can have; it is damaged")
         strengths = reader.take(n * ranks, self.rest).reshape(n, ranks) + self._usual(ranks)
+        if strengths.min() < 0 or strengths.max() > MOST_STRENGTH:
+            raise BadInput("a code has strengths that none can have; it is damaged")
         live = [np.flatnonzero(c > 0) for c in strengths]
         lines = [
             np.clip(c[k][:, None] - FIRST + self.spread[2 * i + side], LOW, MOST_STRENGTH).astype(np.int8)
@@ -282,6 +289,7 @@ class Coder:
                 bits = _shift(c)
                 high = reader.take(len(run), self.tables[c - 4 * bits - LOW])
                 numbers[run] = (high << bits) | reader.take_plain(len(run), bits) if bits else high
+        reader.end()
         values = _back(numbers, classes, self.bins)
         out, at = {}, 0
         for i, site in enumerate(self.sites):

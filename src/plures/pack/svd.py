@@ -77,7 +77,7 @@ class Coder:
         out = order[: int((sizes.cumsum(0) <= self.of.error**2 * sizes.sum()).sum())]
         kept = torch.ones(len(line), dtype=torch.bool)
         kept[out] = False
-        ends = kept.split([len(s) for s in values.values()])
+        ends = torch.split(kept, [len(s) for s in values.values()])
         return {n: int(k.sum()) for n, k in zip(values, ends, strict=True)}
 
     def encode(self, factors: Factors) -> Tensor:

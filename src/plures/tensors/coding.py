@@ -105,6 +105,11 @@ class Reader:
         """The next run, of `n` numbers of `bits` bits."""
         return np.asarray(self._coder.decode(_plain(bits), n), np.int32) if n else np.zeros(0, np.int32)
 
+    def end(self) -> None:
+        """Says that nothing may follow. Raises: BadInput where something does."""
+        if self._escaped or not self._coder.is_empty():
+            raise BadInput("a code goes on where it should end; it is damaged")
+
 
 def _plain(bits: int) -> Any:
     return constriction.stream.model.Uniform(1 << bits)

@@ -43,4 +43,5 @@ class Turn:
         return rows @ self._q.T if self._q is not None else self._times(rows, True)
 
     def _times(self, rows: Tensor, transpose: bool) -> Tensor:
-        return torch.ormqr(self._reflections, self._tau, rows.contiguous(), left=False, transpose=transpose)
+        flat = rows.reshape(-1, self.width).contiguous()
+        return torch.ormqr(self._reflections, self._tau, flat, left=False, transpose=transpose).reshape(rows.shape)

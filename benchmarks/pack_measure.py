@@ -1,0 +1,154 @@
+r"""Packing measured on two fleets of 64 trained variants: bytes, what is left of the gain, and how fast.
+
+Every packer codes the variants of `pack_fleet.py` (LoRA of rank 8 on real text), and the decoded factors are scored on
+held-out text by `pack_score.py`. Bytes for each variant are its own code and its part of what is shared: at 64, as it
+is, and at 10,000, with the basis chosen for so many. `unseen`: fitted to 48 variants, measured on the other 16.
+`random`: a fleet of Gaussian factors, where nothing is shared; klt is set to the error that int4 has there.
+
+    python benchmarks/pack_measure.py          about 25 minutes on one core
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+from machine import describe, write_result
+from pack_score import facts, load_fleet, score
+from torch import Tensor
+
+from plures.core.folder import options_of
+from plures.pack import packs
+from plures.tensors import safe
+from plures.tensors.gauge import difference, singular_values
+from plures.tensors.site import Site, natural
+
+MANY = 10_000
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    ("rtn", {"bits": 8}), ("rtn", {"bits": 4}), ("rtn", {"bits": 4, "group": 32}),
+    ("rtn", {"bits": 4, "form": "given"}), ("rtn", {"bits": 3}), ("rtn", {"bits": 2}), ("svd", {"rank": 4}), ("svd", {"rank": 6}),
+    ("jd", {"k": 16}), ("jd", {"k": 32}), ("kmeans", {}),
+    *(("klt", {"error": e}) for e in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)),
+]  # fmt: skip
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def sites_of(fleet: Mapping[str, Factors]) -> list[Site]:
+    """The sites of a fleet."""
+    found = {n: Site(n, B.shape[0], A.shape[1]) for f in fleet.values() for n, (B, A) in f.items()}
+    return [found[n] for n in sorted(found, key=natural)]
+
+
+def error_of(exact: Factors, back: Factors) -> float:
+    """The relative error over all sites."""
+    off, own = singular_values(difference(exact, back)), singular_values(exact)
+    lost, whole = (sum(float(s.double().square().sum()) for s in of.values()) for of in (off, own))
+    return (lost / whole) ** 0.5
+
+
+def shared_bytes(shared: Mapping[str, Tensor]) -> int:
+    """Bytes of what all variants share, as a fleet stores it."""
+    return len(safe.to_bytes(shared)) if shared else 0
+
+
+def measured(fleet: Mapping[str, Factors], name: str, options: Mapping[str, Any], fitted: list[str], coded: list[str],
+             told: Mapping[str, Any] | None) -> dict[str, Any]:  # fmt: skip
+    """Fit to some variants and code some."""
+    sites, packer = sites_of(fleet), packs.make(name, **options)
+    began = time.process_time()
+    shared = packer.fit(lambda: (fleet[n] for n in fitted), sites)
+    fit_s = time.process_time() - began
+    codec = packer.codec(sites, shared)
+    codec.encode(fleet[coded[0]])  # once, for what is made at the first use
+    began = time.process_time()
+    codes = {n: codec.encode(fleet[n]) for n in coded}
+    encode_s = time.process_time() - began
+    began = time.process_time()
+    back = {n: codec.decode(c) for n, c in codes.items()}
+    decode_s = time.process_time() - began
+    numbers = mean(sum(B.numel() + A.numel() for B, A in fleet[n].values()) for n in coded)
+    code = mean(c.numel() for c in codes.values())
+    errors = [error_of(fleet[n], back[n]) for n in coded]
+    at_many = code
+    if shared:
+        far = shared
+        if "expect" in options_of(type(packer)):
+            wide = packs.make(name, **{**options, "expect": MANY})
+            far = wide.fit(lambda: (fleet[n] for n in fitted), sites)
+            other = wide.codec(sites, far)
+            at_many = mean(other.encode(fleet[n]).numel() for n in coded)
+        at_many += shared_bytes(far) / MANY
+    out = {
+        "packer": name, "options": dict(options), "fitted": len(fitted), "coded": len(coded),
+        "bits": 8 * code / numbers, "code_bytes": code, "shared_bytes": shared_bytes(shared),
+        "bytes_at_64": code + shared_bytes(shared) / 64, "bytes_at_10000": at_many, "fp16_bytes": 2 * numbers,
+        "error_mean": mean(errors), "error_max": max(errors), "fit_cpu_s": fit_s,
+        "encode_per_cpu_s": len(coded) / encode_s, "decode_per_cpu_s": len(coded) / decode_s,
+    }  # fmt: skip
+    if told:
+        nats = score(back)
+        left = [(told[n]["base_nats"] - nats[n]) / (told[n]["base_nats"] - told[n]["variant_nats"]) for n in coded]
+        out |= {"recovery_mean": mean(left), "recovery_min": min(left)}
+    return out
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """A row as people read it."""
+    options = " ".join(f"{k}={v}" for k, v in row["options"].items())
+    left, fp16 = "", row["fp16_bytes"]
+    if "recovery_mean" in row:
+        left = f"recovery {100 * row['recovery_mean']:.2f} ({100 * row['recovery_min']:.2f})"
+    return (f"{row['packer']:7s}{options:24s} {row['bits']:.3f} bits  x{fp16 / row['bytes_at_64']:.2f} at 64  "
+            f"x{fp16 / row['bytes_at_10000']:.2f} at 10,000  error {row['error_mean']:.4f}  {left}  "
+            f"{row['encode_per_cpu_s']:.0f}/s in, {row['decode_per_cpu_s']:.0f}/s out")  # fmt: skip
+
+
+def random_fleet(like: Mapping[str, Factors], seed: int = 0) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Gaussian factors of the shapes of a fleet's."""
+    g = torch.Generator().manual_seed(seed)
+    return {n: {s: (torch.randn(B.shape, generator=g), torch.randn(A.shape, generator=g)) for s, (B, A) in f.items()}
+            for n, f in like.items()}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fleets", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--ways", type=int, nargs="*", default=list(range(len(WAYS))))
+    parser.add_argument("--dry", action="store_true", help="write no result")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"machine": describe(), "fleets": {}}
+    for i in asked.fleets:
+        fleet, told = load_fleet(i), facts(i)["customers"]
+        names = sorted(fleet)
+        unseen = names[::4]
+        seen = [n for n in names if n not in unseen]
+        gains = {n: t["base_nats"] - t["variant_nats"] for n, t in told.items()}
+        rows = {"gain_nats_mean": mean(gains.values()), "gain_nats_min": min(gains.values()), "all": [], "unseen": [],
+                "random": []}  # fmt: skip
+        print(f"fleet {i}: gain {rows['gain_nats_mean']:.3f} nats on average, {rows['gain_nats_min']:.3f} at least")
+        for w in asked.ways:
+            name, options = WAYS[w]
+            rows["all"].append(measured(fleet, name, options, names, names, told))
+            print(said(rows["all"][-1]), flush=True)
+            if name in ("klt", "jd") or (name, options) == ("rtn", {"bits": 4}):
+                rows["unseen"].append(measured(fleet, name, options, seen, unseen, told))
+                print("  unseen", said(rows["unseen"][-1]), flush=True)
+        noise = random_fleet(fleet)
+        plain = measured(noise, "rtn", {"bits": 4}, names, names, None)
+        ours = measured(noise, "klt", {"error": plain["error_mean"]}, names, names, None)
+        rows["random"] = [plain, ours]
+        print("random", said(plain), "\nrandom", said(ours), flush=True)
+        result["fleets"][str(i)] = rows
+    if not asked.dry:
+        write_result("pack_measure", result)
+
+
+if __name__ == "__main__":
+    main()
