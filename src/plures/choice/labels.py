@@ -12,6 +12,24 @@ from plures.choice.graph import Graph
 from plures.choice.pool import Labels
 
 Array = np.ndarray[Any, Any]
+BLOCK = 1024  # labels in one product
+
+
+def alike(vectors: Array, threshold: float = 0.9) -> Graph:
+    """The graph of labels whose vectors `[l, d]` have a cosine of at least `threshold`; each with its cosine."""
+    x = np.asarray(vectors, np.float64)
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    x = x / np.where(length > 0, length, 1)
+    counts, index, near = [np.zeros(1, np.int64)], [], []
+    for at in range(0, len(x), BLOCK):
+        product = x[at : at + BLOCK] @ x.T
+        product[np.arange(len(product)), at + np.arange(len(product))] = -2  # none is its own neighbour
+        row, column = np.nonzero(product >= threshold)
+        counts.append(np.bincount(row, minlength=len(product)))
+        index.append(column.astype(np.int32))
+        near.append(np.minimum(product[row, column], 1).astype(np.float32))
+    start = np.cumsum(np.concatenate(counts)).astype(np.int64)
+    return Graph(start, np.concatenate(index), np.concatenate(near)) if len(x) else Graph(start, *np.zeros((2, 0)))
 
 
 def spread(labels: Labels, near: Graph, alpha: float = 1.0, threshold: float = 0.9) -> Labels:

@@ -19,6 +19,8 @@ Array = np.ndarray[Any, Any]
 class Labels:
     """Sparse labels of rows: row i has `names[index[j]]`, of weight `value[j]`, for j in `start[i]:start[i+1]`.
 
+    `near` says which names mean nearly the same, with the cosines of their vectors; None where that is not known.
+
     Shapes: start `[n + 1]` int64, index `[m]` int32, value `[m]` float32, at least 0.
     """
 
@@ -26,6 +28,7 @@ class Labels:
     index: Array
     value: Array
     names: tuple[str, ...]
+    near: Graph | None = None
 
     @classmethod
     def of(cls, rows: list[Mapping[str, float]]) -> Labels:
@@ -56,7 +59,8 @@ class Group:
 class Pool:
     """The candidates: n rows, and what is known of them. Arrays may be memory-mapped and are never written.
 
-    Shapes: features `[n, d]` float16 or float32, rows of length 1; scores `[n]` float64 each; cost `[n]` int64, at
+    Shapes: features `[n, d]` float16 or float32, rows of length 1; scores `[n]` float64 each, or float32 where
+    the file has no more (`score` gives float64); cost `[n]` int64, at
     least 1 (tokens); target `[m, d]` as features; matrices `[n, c]` float32 each, as they are (probabilities, say);
     signatures `[n, p]` uint32, MinHash values of the texts' shingles; triplets `[t, 3]` int64, rows of which somebody
     said that the first is more like the second than the third. `judge(rows)` scores rows `[k]` when it is
@@ -88,7 +92,7 @@ class Pool:
         if name not in self.scores:
             raise WrongUse(f"the pool has no scores {name!r}.{nearest(name, self.scores)} "
                            f"There are: {', '.join(self.scores) or 'none'}")  # fmt: skip
-        return self.scores[name]
+        return np.asarray(self.scores[name], np.float64)
 
     def matrix(self, name: str) -> Array:
         """The vectors in the column `name`, `[n, c]`. Raises: WrongUse where there are none."""
@@ -112,7 +116,7 @@ class Pool:
             width = np.diff(labels.start)[rows]
             start = np.concatenate([[0], np.cumsum(width)]).astype(np.int64)
             at = np.repeat(labels.start[rows] - start[:-1], width) + np.arange(start[-1])
-            labels = Labels(start, labels.index[at], labels.value[at], labels.names)
+            labels = Labels(start, labels.index[at], labels.value[at], labels.names, labels.near)
         return Pool(
             len(rows), None if self.features is None else self.features[rows],
             {k: v[rows] for k, v in self.scores.items()},

@@ -20,6 +20,19 @@ ORDERS = (0.5, 1.0, 2.0, float("inf"))
 BLOCK = 2048  # rows in one product
 
 
+def order_of(name: str, said: float | str) -> float:
+    """An option as an order: 1 where it is so near that only rounding would part them.
+
+    Raises: WrongUse for an order that is not in (0, 100] nor "inf".
+    """
+    if said == "inf":
+        return float("inf")
+    order = float(said)
+    if not 0 < order <= 100:
+        raise WrongUse(f"{name} must be in (0, 100], or inf, got {said}")
+    return 1.0 if abs(order - 1) < 1e-6 else order
+
+
 def spectrum(features: Array, rows: Array | None = None) -> Array:
     """The eigenvalues of the rows' kernel over their number, at least 0, with sum 1; of all rows, or of `rows`.
 

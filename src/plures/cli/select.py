@@ -17,6 +17,7 @@ def command(
     at_least: Annotated[list[str] | None, typer.Option(help="A quota like lang=de:5%; may be repeated.")] = None,
     at_most: Annotated[list[str] | None, typer.Option(help="A quota like source=web:40%; may be repeated.")] = None,
     objective: Annotated[str, typer.Option(help="A sum to maximise, like '0.6*cover + 0.4*quality'.")] = "",
+    label_vectors: Annotated[str, typer.Option(help="Vectors of the labels: alike ones share (mig).")] = "",
     target: Annotated[str, typer.Option(help="Rows of the target, for methods that need them.")] = "",
     update: Annotated[str, typer.Option(help="An earlier choice, to be changed as little as need be.")] = "",
     report: Annotated[str, typer.Option(help="Where a page goes that shows the choice beside random rows.")] = "",
@@ -45,7 +46,7 @@ def command(
     recipe = next((p for p in files if p.endswith((".yaml", ".yml"))), "")
     given: dict[str, object] = {"pool": files} if files and not recipe else {}
     plain = {"budget": budget, "out": out, "at_least": at_least, "at_most": at_most, "target": target, "report": report,
-             "update": update}  # fmt: skip
+             "update": update, "label_vectors": label_vectors}  # fmt: skip
     given |= {k: v for k, v in plain.items() if v}
     given |= {"select": {"method": method}} if method else {}
     given |= {"select": {"method": "objective", "sum": objective}} if objective else {}

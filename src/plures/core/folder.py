@@ -8,10 +8,12 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from plures.core.errors import RecipeErrors, WrongUse, nearest
 
@@ -94,13 +96,17 @@ def options_of(cls: type) -> dict[str, tuple[str, Any, str]]:
     out = {}
     for f in fields(cls):
         kind = hints[f.name]
-        words = (
-            " | ".join(map(repr, get_args(kind)))
-            if get_origin(kind) is Literal
-            else getattr(kind, "__name__", str(kind))
-        )
-        out[f.name] = (words, None if f.default is MISSING else f.default, text.get(f.name, ""))
+        out[f.name] = (_words(kind), None if f.default is MISSING else f.default, text.get(f.name, ""))
     return out
+
+
+def _words(kind: Any) -> str:
+    """A type as people read it: float, 'a' | 'b', float | 'inf'."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(repr, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(map(_words, get_args(kind)))
+    return str(getattr(kind, "__name__", kind))
 
 
 class Folder(Mapping[str, type]):
@@ -176,7 +182,12 @@ class Folder(Mapping[str, type]):
 
 
 def _scalar(value: Any, kind: Any) -> Any:
-    """`value` as the scalar type `kind`, without loss; ValueError or TypeError otherwise."""
+    """`value` as the scalar type `kind`, or the first that fits of several, without loss; ValueError or TypeError."""
+    if get_origin(kind) in (Union, UnionType):
+        for one in get_args(kind):
+            with suppress(TypeError, ValueError):
+                return _scalar(value, one)
+        raise TypeError
     if get_origin(kind) is Literal:
         if any(value == v and type(value) is type(v) for v in get_args(kind)):
             return value

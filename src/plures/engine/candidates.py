@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from plures.choice.pool import Group, Labels, Pool
-from plures.core.errors import BadInput, WrongUse, disk, nearest
+from plures.choice.pool import Pool
+from plures.core.errors import BadInput, WrongUse, nearest
 from plures.engine import columns as convert
 from plures.engine import tables
 from plures.engine.columns import Part
 from plures.engine.embed import hashed, signatures
 from plures.tensors.rng import Rng
 from plures.tensors.safe import file_hash
+from plures.tensors.together import Together
 
 Array = np.ndarray[Any, Any]
 
@@ -128,6 +127,7 @@ class Candidates:
         vectors = convert.Vectors(folder, width if not features else 0)
         held: dict[str, list[Any]] = {c: [] for c in wanted}
         raw, signed, n = {m: list[Array]() for m in matrices}, list[Array](), 0
+        parting, tags = {g: convert.Codes() for g in groups}, convert.Tags()
         for part in self.parts(list(dict.fromkeys(wanted))):
             path = self.files[part.file]
             n += part.batch.num_rows
@@ -140,37 +140,41 @@ class Candidates:
                 elif name in matrices:
                     raw[name].append(convert.matrix(column, name, path, part, as_it_is=True))
                 elif name == labels:
-                    held[name].extend(convert.labels(column, name, path, part))
+                    tags.add(convert.labels(column, name, path, part))
                 elif name in groups or name == id:
-                    held[name].extend(column.to_pylist())
+                    if name in groups:
+                        parting[name].add(column)
+                    if name == id:
+                        held[name].append(column)
                 elif name in (cost, *scores):
-                    held[name].append(convert.numbers(column, name, path, part, name in lacking))
+                    values = convert.numbers(column, name, path, part, name in lacking)
+                    held[name].append(values if name == cost else convert.narrow(values, column.type))
                 if name == shingled:
                     signed.append(signatures(convert.texts(column, name, path, part)))
         if not n:
             raise BadInput(f"{str(self.files[0])!r} is empty: there is nothing to choose from")
         if id:
-            convert.distinct(held[id], id)
+            convert.distinct(held.pop(id), id)
         return Pool(
             n, vectors.done() if features or text else None,
-            {s: np.concatenate(held[s]) for s in scores}, {g: Group.of(held[g]) for g in groups},
-            convert.costs(np.concatenate(held[cost]), cost) if cost else None,
-            Labels.of(held[labels]) if labels else None, matrices={m: convert.stacked(raw[m], m) for m in matrices},
+            {s: np.concatenate(held[s]) for s in scores}, {g: parting[g].done() for g in groups},
+            convert.costs(held[cost], cost) if cost else None, tags.done() if labels else None,
+            matrices={m: convert.stacked(raw[m], m) for m in matrices},
             signatures=np.concatenate(signed) if signed else None,
         )  # fmt: skip
 
-    def write(self, out: Path, rows: Array, more: Mapping[str, Array]) -> list[tuple[str, int, int]]:
+    def write(self, out: Path, rows: Array, more: Mapping[str, Array],
+              files: Together) -> tuple[Path, list[tuple[str, int, int]]]:  # fmt: skip
         """Write the rows, in this order and with the columns `more`, as Parquet or JSONL by the suffix of `out`.
 
-        Returns each row's identity: file, row group, offset. The file is there whole or not at all.
+        Returns where the file stands until `files` puts it in place, and each row's identity: file, row group, offset.
         """
         if out.suffix not in (".parquet", ".jsonl"):
             raise WrongUse(f"{str(out)!r} must end in .parquet or .jsonl")
         table, places = self.take(rows)
         for name, values in more.items():
             table = table.append_column(name, pa.array(values))
-        _atomic(out, lambda path: _save(table, path, out.suffix))
-        return places
+        return files.write(out, lambda path: _save(table, path, out.suffix)), places
 
     def take(self, rows: Array, columns: Sequence[str] | None = None) -> tuple[pa.Table, list[tuple[str, int, int]]]:
         """These rows, in this order and each as often as it is named, and where each stands: file, row group, offset.
@@ -210,15 +214,3 @@ def _save(table: pa.Table, path: Path, suffix: str) -> None:
         for batch in table.to_batches(max_chunksize=4096):
             for row in batch.to_pylist():
                 f.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-
-
-def _atomic(out: Path, save: Any) -> None:
-    """Write beside `out`, then put it in place; what was there stays until then."""
-    with disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            save(temporary)
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)

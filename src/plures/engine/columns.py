@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from plures.choice.kmeans import unit
+from plures.choice.pool import Group, Labels
 from plures.core.errors import BadInput, disk
 
 Array = np.ndarray[Any, Any]
@@ -129,10 +133,10 @@ class Vectors:
 
     def __init__(self, folder: Path | None, width: int) -> None:
         self.folder, self.width, self.blocks, self.n = folder, width, list[Array](), 0
-        self.path: Path | None = None
+        self.file: FileIO | None = None
 
     def add(self, rows: Array) -> None:
-        if (self.blocks or self.path) and rows.shape[1] != self.width:
+        if (self.blocks or self.file) and rows.shape[1] != self.width:
             raise BadInput(f"vectors of {rows.shape[1]} numbers follow vectors of {self.width}; keep one width")
         self.width, self.n = rows.shape[1], self.n + len(rows)
         self.blocks.append(rows)
@@ -141,34 +145,115 @@ class Vectors:
 
     def _spill(self) -> None:
         assert self.folder is not None
-        if self.path is None:
-            with disk(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            self.path = self.folder / f".features-{uuid.uuid4().hex}.f16"
-        with disk(self.path), self.path.open("ab") as f:
+        with disk(self.folder):
+            if self.file is None:
+                self.file = nameless(self.folder)
+                weakref.finalize(self, self.file.close)
             for block in self.blocks:
-                f.write(np.ascontiguousarray(block, np.float16).tobytes())
+                append(self.file, block)
         self.blocks = []
 
     def done(self) -> Array:
-        if self.path is None:
+        if self.file is None:
             return np.concatenate(self.blocks)
         self._spill()
-        mapped = np.memmap(self.path, np.float16, "r", shape=(self.n, self.width))
-        self.path.unlink()  # the map keeps it until it is closed
-        return mapped
+        with self.file:  # the map stays
+            return np.memmap(self.file, np.float16, "r", shape=(self.n, self.width))
 
 
-def costs(values: Array, name: str) -> Array:
-    if (values < 1).any() or (values != np.floor(values)).any():
-        row = int(np.flatnonzero((values < 1) | (values != np.floor(values)))[0])
-        raise BadInput(f"row {row + 1}: {name} is {values[row]:g}; a cost is a whole number of tokens, at least 1")
-    return values.astype(np.int64)
+def nameless(folder: Path) -> FileIO:
+    """A file in a folder that is gone when nobody has it open or mapped, however the program ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".features-{uuid.uuid4().hex}.f16"
+    file = path.open("w+b", buffering=0)
+    path.unlink()
+    return file
 
 
-def distinct(ids: list[Any], name: str) -> None:
+def append(file: FileIO, rows: Array) -> None:
+    """Write rows as float16."""
+    left = np.ascontiguousarray(rows, np.float16).reshape(-1).view(np.uint8).data
+    while len(left):
+        left = left[file.write(left) :]
+
+
+def narrow(values: Array, kind: pa.DataType) -> Array:
+    """Scores as float32 where that holds every value of the file's type, else as they are."""
+    exact = (pa.float32(), pa.float16(), pa.int16(), pa.int8(), pa.uint16(), pa.uint8())
+    return values.astype(np.float32) if kind in exact else values
+
+
+def costs(blocks: list[Array], name: str) -> Array:
+    """Costs as int64; the blocks are taken from the list as they are done with."""
+    out, at = [], 0
+    blocks.reverse()
+    while blocks:
+        values = blocks.pop()
+        if len(wrong := np.flatnonzero((values < 1) | (values != np.floor(values)))):
+            row = int(wrong[0])
+            raise BadInput(f"row {at + row + 1}: {name} is {values[row]:g}; a cost is a whole number of tokens, at "
+                           "least 1")  # fmt: skip
+        out.append(values.astype(np.int64))
+        at += len(values)
+    return np.concatenate(out)
+
+
+class Codes:
+    """A column that parts the rows, as it comes: one code a row, whatever its values are."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+        self.blocks: list[Array] = []
+
+    def add(self, column: pa.Array) -> None:
+        """Take a batch's values, each as its text."""
+        try:
+            plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            held = plain.dictionary_encode(null_encoding="encode")
+            values, index = held.dictionary.to_pylist(), held.indices.to_numpy(zero_copy_only=False)
+        except (pa.ArrowException, NotImplementedError):  # lists, say
+            values, index = column.to_pylist(), np.arange(len(column))
+        codes = [self.names.setdefault(str(v), len(self.names)) for v in values]
+        self.blocks.append(np.array(codes, np.int32)[index])
+
+    def done(self) -> Group:
+        """The column; its names in order."""
+        names = sorted(self.names)
+        new = np.empty(len(names), np.int32)
+        new[[self.names[n] for n in names]] = np.arange(len(names))
+        return Group(new[np.concatenate(self.blocks)], tuple(names))
+
+
+class Tags:
+    """A column of labels as it comes: of every label of a row its code and weight."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+        self.blocks: list[Labels] = []
+
+    def add(self, rows: list[dict[str, float]]) -> None:
+        """Take a batch's labels."""
+        made = Labels.of(list(rows))
+        code = np.array([self.names.setdefault(n, len(self.names)) for n in made.names], np.int32)
+        self.blocks.append(replace(made, index=code[made.index], names=()))
+
+    def done(self) -> Labels:
+        """The column; its names in order."""
+        names = sorted(self.names)
+        new = np.empty(len(names), np.int32)
+        new[[self.names[n] for n in names]] = np.arange(len(names))
+        start = np.concatenate([[0], *(np.diff(b.start) for b in self.blocks)]).cumsum()
+        return Labels(start.astype(np.int64), new[np.concatenate([b.index for b in self.blocks])],
+                      np.concatenate([b.value for b in self.blocks]), tuple(names))  # fmt: skip
+
+
+def distinct(ids: list[pa.Array], name: str) -> None:
+    """Raises: BadInput where two rows have one name."""
+    with suppress(pa.ArrowException, NotImplementedError):  # of several types, or of lists
+        if compute.count_distinct(pa.chunked_array(ids), mode="all").as_py() == sum(map(len, ids)):
+            return
     seen: dict[Any, int] = {}
-    for i, value in enumerate(ids):
+    for i, value in enumerate(v for column in ids for v in column.to_pylist()):
         if value in seen:
             raise BadInput(f"row {i + 1}: its {name} {value!r} is also that of row {seen[value] + 1}; ids must differ")
         seen[value] = i

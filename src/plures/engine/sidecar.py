@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from plures.choice.kmeans import unit
 from plures.core.errors import BadInput, disk
+from plures.engine.columns import append, nameless
 from plures.tensors import safe
 
 Array = np.ndarray[Any, Any]
@@ -91,15 +93,10 @@ class Sidecar:
         """All rows, mapped: float16 `[rows, width]`; int8 is written out as float16 in `folder` first."""
         if self.about.kind == "f16":
             return self._raw
-        path = folder / f".features-{os.getpid()}-{id(self)}.f16"
-        with disk(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
-                for at in range(0, self.about.rows, 32768):
-                    out.write(self.at(slice(at, at + 32768)).astype(np.float16).tobytes())
-            mapped = np.memmap(path, np.float16, "r", shape=(self.about.rows, self.about.width))
-            path.unlink()  # the map keeps it until it is closed
-        return mapped
+        with disk(folder), nameless(folder) as out:
+            for at in range(0, self.about.rows, 32768):
+                append(out, self.at(slice(at, at + 32768)))
+            return np.memmap(out, np.float16, "r", shape=(self.about.rows, self.about.width))
 
     def check(self, fingerprint: str, rows: int) -> None:
         """Raises: BadInput where these are vectors of another pool."""
@@ -159,14 +156,22 @@ class Writer:
         safe.write_bytes(self.mark, json.dumps(said).encode())
 
     def done(self) -> About:
-        """Put the sidecar in place, instead of one that is there."""
+        """Put the sidecar in place, instead of one that is there. Raises: DiskTrouble; that one then stays."""
         about = About(self.rows, self.width, self.kind, self.pool, self.made_by, self.model, self.text, self.turns,
                       _identity(self.part, self.kind))  # fmt: skip
         safe.write_bytes(self.part / "about.json", (json.dumps(asdict(about)) + "\n").encode())
         with disk(self.path):
-            self.mark.unlink()
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.part.rename(self.path)
+            old = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.old") if self.path.exists() else None
+            if old:
+                self.path.rename(old)
+            try:
+                self.part.rename(self.path)
+            except OSError:
+                if old:
+                    old.rename(self.path)
+                raise
             safe.sync_folder(self.path.parent)
+            (self.path / self.mark.name).unlink()
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
         return about

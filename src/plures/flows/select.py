@@ -28,6 +28,7 @@ from plures.select import selects
 from plures.store import Store
 from plures.tensors import safe
 from plures.tensors.rng import rng
+from plures.tensors.together import Together
 
 Array = np.ndarray[Any, Any]
 Say = Callable[[str], None]
@@ -144,13 +145,16 @@ def select(recipe: SelectRecipe, say: Say = lambda _: None) -> Selected:
     with _Timed(took, "report"):
         others = select_report.beside(pool, budget, recipe.seed, recipe.epochs)
         measured = {k: select_report.measure(pool, v, recipe.seed) for k, v in {"chosen": found.rows, **others}.items()}
-    with _Timed(took, "write"):
-        order = np.concatenate([found.rows, *found.later])
-        places = source.write(Path(recipe.out), order, _columns(found))
-    done = _done(recipe, pool, found, measured, took)
-    told = _manifest(recipe, source, method, found, places, done, measured)
-    if recipe.report:
-        _page(recipe, source, told, pool, found, others)
+    with Together() as files:
+        with _Timed(took, "write"):
+            order = np.concatenate([found.rows, *found.later])
+            made, places = source.write(Path(recipe.out), order, _columns(found), files)
+        done = _done(recipe, pool, found, measured, took)
+        told = _manifest(recipe, source, method, found, places, done, measured, safe.file_hash(made))
+        files.write(Path(f"{recipe.out}.json"), lambda at: _text(at, json.dumps(told, default=str) + "\n"))
+        if recipe.report:
+            page = _page(recipe, source, told, pool, found, others)
+            files.write(Path(recipe.report), lambda at: _text(at, page))
     return done
 
 
@@ -244,30 +248,28 @@ def _peak_mb() -> float:
 
 
 def _manifest(recipe: SelectRecipe, source: Candidates, method: Any, found: Selection,
-              places: Sequence[tuple[str, int, int]], done: Selected,
-              measured: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+              places: Sequence[tuple[str, int, int]], done: Selected, measured: dict[str, Any],
+              hash: str) -> dict[str, Any]:  # fmt: skip
     """`<out>.json`: what was chosen from what and how, with each row's file, row group and offset."""
-    path = Path(f"{recipe.out}.json")
     files = {str(f): i for i, f in enumerate(source.files)}
-    said = {
+    return {
         "recipe": to_dict(recipe), "method": method.card.name, "options": asdict(method), "pool": source.fingerprint,
-        "sha256": safe.file_hash(Path(recipe.out)), "result": asdict(done), "report": dict(found.report),
+        "sha256": hash, "result": asdict(done), "report": dict(found.report),
         "measured": measured, "files": list(files),
         "rows": [[files[f], group, offset] for f, group, offset in places],
     }  # fmt: skip
-    with disk(path):
-        safe.write_bytes(path, (json.dumps(said, default=str) + "\n").encode())
-    return said
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _page(recipe: SelectRecipe, source: Candidates, told: dict[str, Any], pool: Pool, found: Selection,
-          others: dict[str, Array]) -> None:  # fmt: skip
+          others: dict[str, Array]) -> str:  # fmt: skip
     """The report, beside what the manifest says: counts by file and by group of the pool, and the first rows."""
     counts = np.bincount([file for file, _, _ in told["rows"]], minlength=len(source.files))
     more = {"out": recipe.out, "of_files": dict(zip(told["files"], counts.tolist(), strict=True)), "pool_groups": {
         g: dict(zip(of.names, np.bincount(of.codes, minlength=len(of.names)).tolist(), strict=True))
         for g, of in pool.groups.items()}}  # fmt: skip
     examples = source.take(found.rows[:_EXAMPLES])[0].to_pylist()
-    text = select_report.page({**told, **more}, pool, found.rows, others, examples, recipe.seed)
-    with disk(recipe.report):
-        safe.write_bytes(Path(recipe.report), text.encode())
+    return select_report.page({**told, **more}, pool, found.rows, others, examples, recipe.seed)

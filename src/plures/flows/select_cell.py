@@ -61,6 +61,8 @@ def flat(pool: Pool) -> dict[str, Array]:
     held |= {k: v for k, v in (("cost", pool.cost), ("signatures", pool.signatures)) if v is not None}
     if pool.labels is not None:
         held |= {f"labels:{k}": getattr(pool.labels, k) for k in ("start", "index", "value")}
+        if pool.labels.near is not None:
+            held |= {f"alike:{k}": getattr(pool.labels.near, k) for k in ("start", "index", "near")}
     return {k: v.astype(np.int64) if v.dtype == np.uint32 else v for k, v in held.items()}
 
 
@@ -72,7 +74,8 @@ def _back(path: Path) -> tuple[Pool, Array, Array]:
     labels = None
     if "labels:start" in held:
         names = tuple(json.loads(meta["labels"]))
-        labels = Labels(held["labels:start"], held["labels:index"], held["labels:value"], names)
+        near = Graph(*(held[f"alike:{k}"] for k in ("start", "index", "near"))) if "alike:start" in held else None
+        labels = Labels(held["labels:start"], held["labels:index"], held["labels:value"], names, near)
     scores, matrices = ({k.partition(":")[2]: v for k, v in held.items() if k.startswith(f"{of}:")}
                         for of in ("score", "matrix"))  # fmt: skip
     signatures = held["signatures"].astype(np.uint32) if "signatures" in held else None

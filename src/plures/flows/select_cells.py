@@ -35,7 +35,7 @@ from plures.choice.pool import Budget, Pool, Selection
 from plures.core.errors import WrongUse, disk, missing
 from plures.engine.candidates import Candidates
 from plures.flows import select_cell as one
-from plures.flows import select_read
+from plures.flows import select_labels, select_read
 from plures.flows.recipes import SelectRecipe
 from plures.tensors import safe
 from plures.tensors.rng import rng
@@ -74,7 +74,7 @@ def select_cells(recipe: SelectRecipe, source: Candidates, method: Any, budget: 
 def _columns(recipe: SelectRecipe, source: Candidates, method: Any, budget: Budget) -> Pool:
     """The pool's columns but for its vectors."""
     how = select_read.columns(recipe, source, method, budget.quotas) | {"features": "", "text": ""}
-    pool = source.pool(**select_read.counted(how, source))
+    pool = select_labels.joined(recipe, source.pool(**select_read.counted(how, source)))
     kinds = quota.cells(pool, budget.quotas)
     return replace(pool, groups={**pool.groups, one.SOLE: _group(kinds)})
 
@@ -191,19 +191,23 @@ class _Tasks:
                  on: Run, say: Say) -> None:  # fmt: skip
         self.recipe, self.method, self.folder, self.pool, self.budget = recipe, method, folder, pool, budget
         self.of, self.on, self.say = of, on, say
-        self.order = np.argsort(of, kind="stable")
+        few = of.astype(np.uint16) if len(of) and of.max() < 2**16 else of  # of such numbers it is a count, not a sort
+        self.order = np.argsort(few, kind="stable").astype(np.int32 if pool.n < 2**31 else np.int64)
         self.ends = np.concatenate([[0], np.cumsum(np.bincount(of))])
-        self.cost = np.ones(pool.n, np.int64) if budget.tokens is None else np.asarray(pool.need("cost"))
+        one_each = np.broadcast_to(np.int64(1), pool.n)
+        self.cost = one_each if budget.tokens is None else np.asarray(pool.need("cost"))
         self.free = np.ones(pool.n, bool)
         self.free[budget.exclude] = False
         budget.check(replace(pool, graph=graphs.Graph(np.zeros(1), np.zeros(0), np.zeros(0))))
-        said = [recipe.select, recipe.budget, recipe.at_least, recipe.at_most, recipe.apart, recipe.neighbours]
-        named = hashlib.sha256(budget.include.tobytes() + budget.exclude.tobytes()).hexdigest()
+        said = [recipe.select, recipe.budget, recipe.at_least, recipe.at_most, recipe.apart, recipe.neighbours,
+                recipe.labels, recipe.tokens]  # fmt: skip
+        held = [budget.include, budget.exclude, *select_labels.arrays(pool)]
+        named = hashlib.sha256(b"".join(a.tobytes() for a in held)).hexdigest()
         self.run = hashlib.sha256(json.dumps([said, named], default=str).encode()).hexdigest()[:12]
 
     def rows(self, cell: int) -> Array:
         """The rows of a cell, rising."""
-        return self.order[self.ends[cell] : self.ends[cell + 1]]
+        return self.order[self.ends[cell] : self.ends[cell + 1]].astype(np.int64)
 
     def write(self) -> None:
         """Put each cell's columns beside its vectors."""

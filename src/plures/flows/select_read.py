@@ -21,6 +21,7 @@ from plures.core.errors import BadInput, WrongUse, nearest
 from plures.engine.candidates import Candidates
 from plures.engine.sidecar import Sidecar
 from plures.engine.tables import BATCH
+from plures.flows import select_labels
 from plures.flows.recipes import SelectRecipe
 from plures.tensors import safe
 from plures.tensors.rng import Rng, rng
@@ -53,6 +54,8 @@ def needs(recipe: SelectRecipe, method: Any) -> set[str]:
     for part, key, what in keys:
         if part in wanted and not key:
             raise WrongUse(f"{method.card.name} needs {what}")
+    if recipe.label_vectors and method.card.name != "mig":
+        raise WrongUse(f"label_vectors goes with the method mig, and {method.card.name!r} is asked for; leave it out")
     return wanted
 
 
@@ -87,7 +90,7 @@ def read(recipe: SelectRecipe, source: Candidates, method: Any, quotas: Sequence
     beside = Sidecar(recipe.features) if Sidecar.is_one(recipe.features) else None
     if beside:
         beside.check(source.fingerprint, source.count())
-    pool = source.pool(**how)
+    pool = select_labels.joined(recipe, source.pool(**how))
     if recipe.update:
         pool = replace(pool, scores={**pool.scores, "chosen": _chosen(recipe, source, pool.n)})
     if beside:
@@ -218,12 +221,13 @@ def named(recipe: SelectRecipe, source: Candidates, file: str, gone: bool = Fals
     column = column or recipe.id
     other.need(column)
     wanted = [v for part in other.parts([column]) for v in part.batch.column(column).to_pylist()]
-    ids = [v for part in source.parts([recipe.id]) for v in part.batch.column(recipe.id).to_pylist()]
-    at = {v: i for i, v in enumerate(ids)}
+    some, ids = set(wanted), (v for p in source.parts([recipe.id]) for v in p.batch.column(recipe.id).to_pylist())
+    at = {v: i for i, v in enumerate(ids) if v in some}
     if gone:
         return np.array([at[v] for v in wanted if v in at], np.int64)
     if absent := next((v for v in wanted if v not in at), None):
-        raise BadInput(f"{file!r} names the row {absent!r}, which the pool has not.{nearest(absent, map(str, at))}")
+        there = (str(v) for p in source.parts([recipe.id]) for v in p.batch.column(recipe.id).to_pylist())
+        raise BadInput(f"{file!r} names the row {absent!r}, which the pool has not.{nearest(absent, there)}")
     return np.array([at[v] for v in wanted], np.int64)
 
 
