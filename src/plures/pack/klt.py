@@ -17,7 +17,7 @@ from plures.core.folder import method
 from plures.pack import Factors, Fleet
 from plures.tensors.basis import FIRST, MOST_STRENGTH, cells, choose, moments, norm, octaves
 from plures.tensors.coding import Reader, Writer, counted, tables
-from plures.tensors.gauge import Gauged, gauged
+from plures.tensors.gauge import Gauged, gauged, missed
 from plures.tensors.pieces import checked
 from plures.tensors.site import Site
 from plures.tensors.turn import Turn
@@ -27,7 +27,9 @@ SAMPLE = 64  # variants, at most, that steps and tables are fitted to
 LOW, TOP = -16, 12  # classes with tables: quarter octaves of a number's foreseen size over the step
 FINE = 32  # steps a variant may choose among, in an octave
 WIDEST = 24 * FINE  # how far from the usual step a variant's is looked for
-HEAD = struct.Struct("<Hh")  # ranks, step
+HEAD = struct.Struct("<HhB")  # ranks, step, lift
+LIFT = 256
+EPS = 1e-30
 
 
 @method(
@@ -111,12 +113,14 @@ class Klt:
 @dataclass(frozen=True)
 class _Rounded:
     """A variant in whole numbers: these with their classes and exact values over the step, all sites' in one line;
-    strengths `[sites, r]`; the squared error and the squared norm of the delta."""
+    strengths `[sites, r]`; by how many parts in `LIFT` the decoded delta is made larger, so that its projection on the
+    delta is the delta; the squared error and the squared norm of the delta."""
 
     numbers: Array
     classes: Array
     exact: Array
     strengths: Array
+    lift: int
     lost: float
     whole: float
 
@@ -163,7 +167,7 @@ class Coder:
         ranks = max(g.s.shape[1] for g in forms)
         strengths = np.zeros((len(self.sites), ranks), np.int32)
         parts: list[tuple[int, Array, Array, Array]] = []
-        lost = whole = 0.0
+        sums, whole = np.zeros(3), 0.0
         for g in forms:
             at = [self.at[n] for n in g.names]
             size = np.exp2((step + self.weight[at]) / FINE)[:, None]
@@ -178,13 +182,8 @@ class Coder:
             classes = [np.clip(c[..., None] - FIRST + np.stack([self.spread[2 * i + side] for i in at])[:, None], LOW,
                                MOST_STRENGTH).astype(np.int8) for side in (0, 1)]  # fmt: skip
             back = [_back(n, k, self.bins) for n, k in zip(numbers, classes, strict=True)]
-            # X Y - X' Y' = (X - X') Y + X' (Y - Y'), rows of Y orthonormal: small terms, so nothing cancels
-            Y, like = (x[1] / scale[..., None] for x in (exact, back))
-            short = exact[0] - back[0], Y - like
-            crossed = 2 * _gram(short[0], back[0]) * _gram(Y, short[1])
-            crossed += _gram(back[0], back[0]) * _gram(short[1], short[1])
-            per_site = np.square(short[0], dtype=np.float64).sum((1, 2)) + crossed.sum((1, 2))
-            lost += float((per_site * size[:, 0] ** 2).sum())
+            rows = [x[1] / scale[..., None] for x in (exact, back)]
+            sums += np.stack(missed(exact[0], rows[0], back[0], rows[1])) @ size[:, 0] ** 2
             whole += float((s**2).sum())
             strengths[at, : c.shape[1]] = c
             for i, site in enumerate(at):
@@ -193,7 +192,11 @@ class Coder:
                           for side in (0, 1)]  # fmt: skip
         parts.sort(key=lambda p: p[0])
         numbers_, classes_, exact_ = (np.concatenate([p[i] for p in parts]) for i in (1, 2, 3))
-        return _Rounded(numbers_, classes_, exact_, strengths, lost, whole)
+        off, along, energy = sums.tolist()
+        lift = round(LIFT * min(max(whole / max(energy + along, EPS) - 1, 0), 255 / LIFT))
+        more = lift / LIFT  # the error of (1 + more) times what comes back
+        lost = off - 2 * more * along + more**2 * energy
+        return _Rounded(numbers_, classes_, exact_, strengths, lift, max(lost, 0.0), whole)
 
     def step_of(self, forms: Sequence[Gauged]) -> int:
         """The widest step at which the variant's error is as asked for."""
@@ -234,7 +237,7 @@ class Coder:
         """
         forms = gauged(checked(factors, self.sites))
         if not forms or norm(forms) <= 0:
-            return torch.tensor(list(HEAD.pack(0, 0)), dtype=torch.uint8)
+            return torch.tensor(list(HEAD.pack(0, 0, 0)), dtype=torch.uint8)
         step = self.step_of(forms)
         found = self.rounded(forms, step)
         writer = Writer()
@@ -250,7 +253,7 @@ class Coder:
                 writer.put(run >> bits, self.tables[c - 4 * bits - LOW])
                 if bits:
                     writer.put_plain(run & ((1 << bits) - 1), bits)
-        return torch.frombuffer(bytearray(HEAD.pack(ranks, step) + writer.done()), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(HEAD.pack(ranks, step, found.lift) + writer.done()), dtype=torch.uint8)
 
     def decode(self, code: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """The factors of a code, `B [out, r]`, `A [r, into]` at every site with something.
@@ -260,11 +263,11 @@ class Coder:
         data = code.numpy().tobytes()
         if len(data) < HEAD.size:
             raise BadInput(f"a code has at least {HEAD.size} bytes, this one {len(data)}; it is damaged")
-        ranks, step = HEAD.unpack_from(data)
+        ranks, step, lift = HEAD.unpack_from(data)
         if abs(step) > FINE * 100:
             raise BadInput(f"a code has a step of 2**{step / FINE:.0f}; it is damaged")
         if not ranks:
-            if step or len(data) > HEAD.size:
+            if step or lift or len(data) > HEAD.size:
                 raise BadInput("a code of nothing goes on; it is damaged")
             return {}
         reader = Reader(data[HEAD.size :])
@@ -304,6 +307,7 @@ class Coder:
                 size = 2.0 ** ((step + self.weight[i]) / FINE)
                 s = torch.from_numpy(np.exp2((strengths[i][live[i]] - FIRST) / 8))[:, None]
                 root = math.sqrt(size)
+                root *= math.sqrt(1 + lift / LIFT)
                 out[site.name] = (sides[0] * (root / s)).T.float().contiguous(), (sides[1] * (root / s)).float()
         return out
 
@@ -330,11 +334,6 @@ def _back(numbers: Array, classes: Array, bins: Array | None) -> Array:
     size = np.abs(numbers)
     short = bins[np.minimum(classes, TOP) - LOW, np.clip(size - 1, 0, 1)]
     return np.asarray(values - np.sign(values) * np.where(size > 0, short, 0))
-
-
-def _gram(x: Array, y: Array) -> Array:
-    """Inner products of rows, `[n, r, r]`."""
-    return np.asarray(np.matmul(x, y.transpose(0, 2, 1)), np.float64)
 
 
 def _shift(c: int) -> int:

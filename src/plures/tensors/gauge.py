@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ def difference(
         parts = [(room[name][0] * sign, room[name][1]) for room, sign in ((one, 1), (other, -1)) if name in room]
         out[name] = torch.cat([B for B, _ in parts], 1), torch.cat([A for _, A in parts], 0)
     return out
+
+
+def missed(X: Array, Y: Array, near_X: Array, near_Y: Array) -> tuple[Array, Array, Array]:
+    """Of `D = X' Y` and `N = near_X' near_Y`: `|D - N|^2`, `<D - N, N>` and `|N|^2`, float64 `[sites]`.
+
+    Shapes: X `[sites, r, out]`, Y `[sites, r, into]` with orthonormal rows. D - N is `(X - near_X)' Y + near_X' (Y -
+    near_Y)`, sums of terms as small as what is off, so that nothing cancels in float32.
+    """
+    x, y = X - near_X, Y - near_Y
+
+    def inner(a: Array, b: Array, c: Array, d: Array) -> Array:
+        left, right = (np.matmul(p, q.transpose(0, 2, 1)).astype(np.float64) for p, q in ((a, c), (b, d)))
+        return np.asarray((left * right).sum((1, 2)))
+
+    off = np.square(x, dtype=np.float64).sum((1, 2)) + 2 * inner(x, Y, near_X, y) + inner(near_X, y, near_X, y)
+    along = inner(x, Y, near_X, near_Y) + inner(near_X, y, near_X, near_Y)
+    return off, along, inner(near_X, near_Y, near_X, near_Y)
 
 
 def _stacked(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[tuple[str, ...], Tensor, Tensor]]:
