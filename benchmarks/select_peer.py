@@ -43,10 +43,10 @@ def hnswlib(X: Any, k: int) -> Any:
     import hnswlib as h
 
     index = h.Index("ip", X.shape[1])
-    index.init_index(len(X), ef_construction=100, M=16)
+    index.init_index(len(X), ef_construction=100, M=24)
     index.set_num_threads(1)
     index.add_items(X)
-    index.set_ef(80)
+    index.set_ef(170)  # the least work for a recall of 0.93 of those tried: M 16 to 32, ef 80 to 320
     return index.knn_query(X, 65)[0]
 
 
@@ -57,7 +57,7 @@ def faiss(X: Any, k: int) -> Any:
     index = f.index_factory(X.shape[1], f"IVF{int(2 * len(X) ** 0.5)},Flat", f.METRIC_INNER_PRODUCT)
     index.train(X[:: max(1, len(X) // 50000)])
     index.add(X)
-    index.nprobe = 16
+    index.nprobe = 32  # the least work for a recall of 0.93 of those tried: 316 to 1264 lists
     return index.search(X, 65)[1]
 
 
@@ -152,8 +152,9 @@ def main() -> None:
     name, n = sys.argv[1], int(sys.argv[2])
     X = rows(n)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if name == "apricot":  # its compiled loops are not charged
-        apricot(X[:500], 5)
+    if len(X) > 5000:  # neither imports nor compiled loops are charged
+        globals()[name](X[:5000] if name in ("hnswlib", "faiss") else X[:500], 5)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     got = globals()[name](X, max(1, n // 100))
     spent = time.process_time() - began

@@ -1,15 +1,23 @@
 """One row for each merger: its options, what is said of models, and the formula in float64 on whole tensors.
 
-A method without a row fails. `oracle(W, base, given, shape)` gets `W [models, n]` and `base [n]` in float64.
+A method without a row fails. `oracle(W, base, given, shape, options)` gets `W [models, n]` and `base [n]` in float64.
+`run` merges one tensor, called "a.weight", of models m0, m1, .. by the seed 0, and `as_formula` compares the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from plures.core.seeds import stream
+from plures.engine import merging
+from plures.engine.merging import Job
+from plures.merge import merges
+from plures.tensors.weights import half
 
 Array = np.ndarray[Any, Any]
 Oracle = Callable[[Array, Array, Mapping[str, Array], tuple[int, ...], Mapping[str, Any]], Array]
@@ -17,7 +25,8 @@ Oracle = Callable[[Array, Array, Mapping[str, Array], tuple[int, ...], Mapping[s
 
 @dataclass(frozen=True)
 class Merging:
-    """How one merger is tested: `models` how many, `symmetric` whether their order does not matter."""
+    """How one merger is tested: `models` how many, `symmetric` whether their order does not matter, `spread` how far
+    they are from a base of numbers around 1."""
 
     oracle: Oracle
     options: dict[str, Any] = field(default_factory=dict)
@@ -26,6 +35,7 @@ class Merging:
     symmetric: bool = True
     variants: tuple[tuple[dict[str, Any], dict[str, list[float]]], ...] = ()
     random: bool = False
+    spread: float = 0.05
 
 
 def top(d: Array, share: float) -> Array:
@@ -67,12 +77,41 @@ def crumbs(W: Any, base: Any, g: Any) -> Array:
                      for d, de, ga in zip(D, g["density"], g["gamma"], strict=True)])  # fmt: skip
 
 
+def scoped(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
+    """Breadcrumbs of the tensor, or of one row after the other."""
+    if o.get("scope", "tensor") == "tensor":
+        return crumbs(W, base, g)
+    wide = shape[-1]
+    return np.concatenate([crumbs(W[:, at : at + wide], base[at : at + wide], g)
+                           for at in range(0, W.shape[1], wide)], 1)  # fmt: skip
+
+
 def breadcrumbs(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    return np.asarray(base + np.einsum("i,ij->j", g["weight"], crumbs(W, base, g)))
+    return np.asarray(base + np.einsum("i,ij->j", g["weight"], scoped(W, base, g, shape, o)))
 
 
 def breadcrumbs_ties(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    return np.asarray(base + elected(crumbs(W, base, g), g["weight"], False))
+    return np.asarray(base + elected(scoped(W, base, g, shape, o), g["weight"], False))
+
+
+def ram(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
+    """Place by place; `r` 0 without the larger ones."""
+    D, out = W - base, base.copy()
+    eps, r, alpha = float(np.float32(o.get("epsilon", 1e-5))), o.get("r", 0.0), o.get("alpha", 0.2)
+    who = [[i for i in range(len(D)) if abs(D[i, j]) > eps] for j in range(D.shape[1])]
+    scale = []
+    for i in range(len(D)):
+        alone = sum(w == [i] for w in who)
+        shared = sum(i in w and len(w) > 1 for w in who)
+        scale.append(1 + r * min(shared / alone, alpha) if alone else 1.0)
+    for j, w in enumerate(who):
+        if w:
+            out[j] += scale[w[0]] * D[w[0], j] if len(w) == 1 else sum(D[i, j] for i in w) / len(w)
+    return np.asarray(out)
+
+
+def ramplus_tl(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
+    return ram(W, base, g, shape, {"r": 0.1} | o)
 
 
 def arc(a: Any, b: Any, t: float) -> Array:
@@ -165,35 +204,122 @@ def sce(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
     return np.asarray(base + out)
 
 
-def dropped(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    """What methods that drop at random are with nothing to drop."""
-    return np.asarray(base + np.einsum("i,ij->j", g["weight"], W - base))
+def drawn(model: int, place: int) -> float:
+    """The number in [0, 1) of a model and a place: splitmix64, in whole numbers."""
+    z = (place * 0x9E3779B97F4A7C15 + stream(0, "merge", "a.weight", f"m{model}")) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return ((z ^ z >> 31) >> 11) / 2**53
 
 
-def dropped_ties(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    return np.asarray(base + elected(W - base, g["weight"], o.get("normalize", False)))
+def dare(W: Any, base: Any, g: Any) -> Array:
+    """What is left of each model's differences, one number after the other."""
+    return np.array([[d / p if p == 1 or drawn(i, j) < p else 0.0 for j, d in enumerate(row)]
+                     for i, (row, p) in enumerate(zip(W - base, g["density"], strict=True))])  # fmt: skip
+
+
+def magprune(W: Any, base: Any, g: Any, shape: Any) -> Array:
+    """The same, with probabilities by the rank in a row."""
+    out, wide = W - base, shape[-1]
+    for i, (p, e) in enumerate(zip(g["density"], g["epsilon"], strict=True)):
+        for at in range(0, W.shape[1] if p < 1 else 0, wide):
+            by = sorted(range(at, at + wide), key=lambda j: abs(np.float32(out[i, j])))
+            for rank, j in enumerate(by):
+                chance = p - e + 2 * e * rank / (wide - 1)
+                out[i, j] = out[i, j] / chance if drawn(i, j) < chance else 0
+    return np.asarray(out)
+
+
+def dare_linear(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
+    return np.asarray(base + np.einsum("i,ij->j", g["weight"], dare(W, base, g)))
+
+
+def dare_ties(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
+    return np.asarray(base + elected(dare(W, base, g), g["weight"], o.get("normalize", False)))
+
+
+def della_linear(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
+    return np.asarray(base + np.einsum("i,ij->j", g["weight"], magprune(W, base, g, shape)))
+
+
+def della(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
+    return np.asarray(base + elected(magprune(W, base, g, shape), g["weight"], o.get("normalize", True)))
 
 
 THREE = {"weight": [0.5, 0.3, 0.7]}
+FEWER = THREE | {"density": [0.5, 0.4, 1.0]}
+SPREAD = FEWER | {"epsilon": [0.13, 0.11, 0.05]}  # sums that cancel to the last bit of float32 would differ in sign
+CRUMBS = THREE | {"density": [0.3, 0.5, 0.6], "gamma": [0.1, 0.01, 0.2]}
 MERGINGS: dict[str, Merging] = {
     "linear": Merging(linear, given=THREE, variants=(({"normalize": False}, {"weight": [1.0, -0.5, 0.25]}),)),
     "task_arithmetic": Merging(task_arithmetic, {"lambda_": 0.8}, THREE),
     "ties": Merging(ties, {}, THREE | {"density": [0.2, 0.5, 0.9]}, variants=(
         ({"lambda_": 1.5, "normalize": False}, THREE | {"density": [0.0, 1.0, 0.333]}),)),
-    "breadcrumbs": Merging(breadcrumbs, {}, THREE | {"density": [0.3, 0.5, 0.6], "gamma": [0.1, 0.01, 0.0]}),
-    "breadcrumbs_ties": Merging(breadcrumbs_ties, {}, THREE | {"density": [0.3, 0.5, 0.6], "gamma": [0.1, 0.01, 0.2]}),
-    "dare_linear": Merging(dropped, {}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True),
-    "dare_ties": Merging(dropped_ties, {"normalize": True}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True),
-    "della_linear": Merging(dropped, {}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True),
-    "della": Merging(dropped_ties, {"normalize": True}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True),
-    "slerp": Merging(slerp, {"t": 0.3}, models=2, symmetric=False),
-    "nuslerp": Merging(nuslerp, {}, {"weight": [1.0, 3.0]}, models=2),
-    "multislerp": Merging(multislerp, {}, THREE),
-    "karcher": Merging(karcher, {"max_iter": 60, "tol": 1e-12}, THREE),
+    "breadcrumbs": Merging(breadcrumbs, {}, THREE | {"density": [0.3, 0.5, 0.6], "gamma": [0.1, 0.01, 0.0]},
+                           variants=(({"scope": "row"}, CRUMBS | {"density": [0.3, 0.5, 1.0]}),)),
+    "breadcrumbs_ties": Merging(breadcrumbs_ties, {}, CRUMBS, variants=(({"scope": "row"}, CRUMBS),)),
+    "dare_linear": Merging(dare_linear, {}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
+                          variants=(({}, FEWER),)),
+    "dare_ties": Merging(dare_ties, {"normalize": True}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
+                        variants=(({"normalize": True}, FEWER),)),
+    "della_linear": Merging(della_linear, {}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
+                           variants=(({}, SPREAD),)),
+    "della": Merging(della, {"normalize": True}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
+                    variants=(({"normalize": True}, SPREAD),)),
+    "slerp": Merging(slerp, {"t": 0.3}, models=2, symmetric=False, spread=1.0),
+    "nuslerp": Merging(nuslerp, {}, {"weight": [1.0, 3.0]}, models=2),  # so near that the arc is a straight line
+    "multislerp": Merging(multislerp, {}, THREE, spread=1.0),
+    "karcher": Merging(karcher, {"max_iter": 60, "tol": 1e-12}, THREE, spread=1.0),
     "model_stock": Merging(model_stock),
     "nearswap": Merging(nearswap, {"t": 0.01}, models=1),
     "passthrough": Merging(passthrough, {}, {"scale": [0.5]}, models=1),
     "cabs": Merging(cabs, {"n": 2, "m": 8, "lambda_": 1.2}, THREE, symmetric=False,
                     variants=(({"n": 5, "m": 8}, THREE),)),
+    "ram": Merging(ram, {"epsilon": 0.0625}, variants=(({}, {}),)),
+    "ramplus_tl": Merging(ramplus_tl, {"epsilon": 0.0625, "r": 0.7, "alpha": 1.5}, variants=(
+        ({"epsilon": 0.0625}, {}), ({"epsilon": 0.03125, "r": 0.5, "alpha": 100.0}, {}))),
     "sce": Merging(sce, {"select_topk": 0.4}, variants=(({}, {}),)),
 }  # fmt: skip
+SHAPE = (37, 29)
+
+
+def models(m: int, shape: tuple[int, ...] = SHAPE, seed: int = 0, spread: float = 0.05) -> tuple[Any, Any]:
+    """m models and their base as bfloat16 has them: many differences are equal."""
+    r = np.random.default_rng(seed)
+    base = r.normal(size=shape).astype(np.float32).reshape(-1)
+    whole = base + spread * r.normal(size=(m, base.size)).astype(np.float32)
+    wide = [(half(np.ascontiguousarray(x)).astype(np.uint32) << 16).view(np.float32) for x in (*whole, base)]
+    return np.stack(wide[:-1]), wide[-1]
+
+
+def run(name: str, options: dict[str, Any], given: dict[str, Any], W: Any, base: Any, shape: tuple[int, ...] = SHAPE,
+        order: list[int] | None = None, seed: int = 0) -> Any:  # fmt: skip
+    method, rows = merges.make(name, **options), list(range(len(W))) if order is None else order
+    said = {k: np.array(given.get(k, [v] * len(W)), float)[rows] for k, v in method.of_model.items()}
+
+    def read(of: Any, start: int, out: Any) -> None:
+        out[:] = of[start : start + len(out)]
+
+    out = np.full(W.shape[1], np.nan, np.float32)
+
+    def write(start: int, values: Any) -> None:
+        assert np.isnan(out[start : start + len(values)]).all()
+        out[start : start + len(values)] = values
+
+    below = partial(read, base) if method.base else None
+    told = merging.merge(Job("a.weight", shape, tuple(f"m{i}" for i in rows), tuple(partial(read, W[i]) for i in rows),
+                             below, method, said, seed), write)  # fmt: skip
+    assert 0 <= told.conflict <= 1 and -1 <= told.cosine <= 1 + 1e-9
+    return out
+
+
+def as_formula(name: str, options: dict[str, Any], given: dict[str, Any]) -> None:
+    """Fails unless all merged numbers are the formula's in float64, and within one bit of bfloat16."""
+    row = MERGINGS[name]
+    W, base = models(row.models, spread=row.spread)
+    said = {k: given.get(k, [v] * len(W)) for k, v in merges.make(name).of_model.items()}
+    want = row.oracle(W.astype(np.float64), base.astype(np.float64), said, SHAPE, options)
+    got = run(name, options, given, W, base)
+    np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-7)
+    ulp = np.abs(half(got).view(np.int16).astype(int) - half(want.astype(np.float32)).view(np.int16).astype(int))
+    assert ulp.max() <= 1

@@ -327,6 +327,28 @@ def merge_speed(said: dict[str, Any], brief: bool) -> str:
     )
 
 
+def merge_lowrank(said: dict[str, Any], brief: bool) -> str:
+    """Sums and extraction of LoRAs; in brief nothing."""
+    if brief:
+        return ""
+    rows = [(r["width"], r["who"], f"{r['cpu_s']:.4f}", f"{r['error']:.1e}") for r in said["sums"]]
+    cut = "; ".join(f"at width {e['width']:,} 1/{e['times']:.0f} of the full SVD's CPU time, the residual "
+                    f"{100 * e['over_best']:.2f} % above its" for e in said["extraction"])  # fmt: skip
+    made = table("width: | who | CPU s: | error:", rows)
+    return (f"Two LoRAs of rank 16 on four square maps, summed by weight.\n\n{made}\n\nA LoRA "
+            f"of rank 16 from a tuned map by the randomised SVD of `plures extract`: {cut}.")  # fmt: skip
+
+
+def merge_kill(said: dict[str, Any], brief: bool) -> str:
+    """Merges killed at random moments; in brief nothing."""
+    if brief:
+        return ""
+    rows = [(who, r["kills"], r["seen"], r["loadable"], r["stale"], r["rerun"])
+            for who, r in said.items() if who in ("ours", "mergekit")]  # fmt: skip
+    head = "who | kills: | result there but not whole: | and loadable: | stale files after the rerun: | the rerun"
+    return f"`kill -9` at random moments of a merge, then the merge again.\n\n{table(head, rows)}"
+
+
 def select_helps(said: dict[str, Any], brief: bool) -> str:
     """Whether choosing helps; in brief one sentence."""
     m = said["methods"]
@@ -573,6 +595,8 @@ BENCHMARKS = (
     ("select_flow", "Choosing rows from file to file", "benchmarks/select_flow.py", select_flow),
     ("select_helps", "Whether choosing helps", "benchmarks/select_helps.py", select_helps),
     ("merge_speed", "Merging beside mergekit", "benchmarks/merge_speed.py", merge_speed),
+    ("merge_lowrank", "Sums and extraction of LoRAs", "benchmarks/merge_lowrank.py", merge_lowrank),
+    ("merge_kill", "Merges that were killed", "benchmarks/merge_kill.py", merge_kill),
     ("peft_suite", "PEFT's tests", "tools/peft_suite.py", peft_suite),
 )
 

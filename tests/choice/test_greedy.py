@@ -175,6 +175,33 @@ def test_swaps_improve_and_stop_at_a_local_best() -> None:
     assert made > 0 and len(set(got.tolist())) == 10 and value(got.tolist()) > value(list(range(10)))
 
 
+def test_swaps_by_exact_cosines_count_every_pair_that_decides() -> None:
+    n, k = 700, 25
+    X = rows_of(n, seed=8, kinds=30)
+    X[350:380] = X[:30]  # rows that are there twice, chosen ones among them
+    S = np.maximum(X.astype(np.float64) @ X.T, 0)
+    begun = np.concatenate([np.arange(24), [350]])
+    g = polish.around(X, begun, lists=k)
+    assert g is not None
+    two = -np.sort(-S[:, begun], axis=1)[:, 1]
+    of = np.repeat(np.arange(n), np.diff(g.start))
+    np.testing.assert_allclose(g.near, S[of, g.index], atol=1e-6)
+    held = np.zeros((n, n), bool)
+    held[of, g.index] = True
+    asked = (two[:, None] + 1e-6 < S) & ~np.eye(n, dtype=bool)
+    asked[:, begun] = False
+    assert held[asked].all() and (held == held.T).all()
+    cell, fixed = (np.arange(n) % 2).astype(np.int32), np.arange(n) == 3
+    sparse = graph.build(X, rng(0), k=8)
+    values = [S[:, begun].max(1).sum()]
+    for rounds in (1, 2, 20):
+        got = polish.exact(X, sparse, begun, cell, fixed, 50, rounds)
+        assert len(set(got.tolist())) == k and (cell[got] == cell[begun]).all() and got[3] == 3
+        values.append(S[:, got].max(1).sum())
+    assert values[0] < values[1] - 1 and values[1] <= values[2] + 1e-6 and values[2] <= values[3] + 1e-6
+    assert values[3] >= S[:, polish.exact(None, sparse, begun, cell, fixed, 50, 9)].max(1).sum()
+
+
 def test_what_is_included_excluded_and_apart() -> None:
     n = 120
     X = rows_of(n, seed=4)
@@ -253,6 +280,9 @@ def test_the_graph_finds_the_nearest() -> None:
     assert found > 0.9
     again, _ = graph.nearest(X, 16, rng(0), probes=12, threads=3)
     assert np.array_equal(index, again)
+    worst, holds = near[:, -1], [set(row.tolist()) for row in index]
+    for i in range(6000):  # what i holds as near holds i too, or sixteen rows that are no farther
+        assert all(i in holds[j] or v <= worst[j] for j, v in zip(index[i], near[i], strict=True))
 
 
 def test_the_graph_has_every_edge_both_ways_once() -> None:

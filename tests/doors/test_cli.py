@@ -62,9 +62,9 @@ QUICK = ["train.steps=2", "train.batch_rows=2", "data.max_tokens=24", "adapt.r=2
 
 def test_every_verb_is_tried_here() -> None:
     assert set(verbs()) - {"demo"} == {
-        "alias", "bench", "chat", "doctor", "embed", "explain", "export", "extract", "forget", "fsck", "gc", "generate",
-        "import_", "init", "key", "list", "merge", "methods", "near", "rate", "recipe", "rm", "score", "select",
-        "serve", "show", "tenant", "train", "weigh",
+        "alias", "bench", "chat", "doctor", "embed", "evolve", "explain", "export", "extract", "forget", "fsck", "gc",
+        "generate", "import_", "init", "key", "list", "merge", "methods", "near", "pack", "rate", "recipe", "rm",
+        "score", "select", "serve", "show", "shrink", "tenant", "train", "weigh",
     }  # fmt: skip
 
 
@@ -107,6 +107,18 @@ def test_rows_are_embedded_planned_and_compared(ok: Any, say: Said, parsed: Any,
     assert code == 2 and "cannot read" in err
 
 
+def test_a_base_is_shrunk(ok: Any, say: Said, parsed: Any, base_folder: Path, tmp_path: Path) -> None:
+    assert "layers 2 of 3" in ok("shrink", str(base_folder), "--layers", "2", "--plan")
+    assert parsed("shrink", str(base_folder), "--layers", "2", "--plan")["after"]["layers"] == 2
+    assert "parameters in small" in ok("shrink", str(base_folder), "small", "--layers", "2")
+    assert (tmp_path / "small" / "config.json").exists()
+    assert parsed("shrink", str(base_folder), "less", "--layers", "1")["plan"]["left_out"] > 0
+    for wrong, why in ((["small", "--layers", "1"], "is there already"), (["--layers", "1"], "name the folder"),
+                       (["new", "--layers", "9"], "layers '9' is not from 1 to 3")):  # fmt: skip
+        code, _, err = say("shrink", str(base_folder), *wrong)
+        assert code == 2 and why in err
+
+
 def test_models_are_merged(ok: Any, say: Said, parsed: Any, base_folder: Path, tmp_path: Path) -> None:
     said = {"merge_method": "linear", "models": [{"model": str(base_folder)}] * 2}
     (tmp_path / "m.yaml").write_text(json.dumps(said))
@@ -120,6 +132,71 @@ def test_models_are_merged(ok: Any, say: Said, parsed: Any, base_folder: Path, t
     for wrong, why in ((["a=x", "--name", "s"], "no variant with a weight"), (["a=1"], "name the sum with --name")):
         code, _, err = say("merge", *wrong)
         assert code == 2 and why in err
+
+
+def test_a_fleet_is_packed(ok: Any, say: Said, parsed: Any, base_folder: Path, text_rows: Path) -> None:
+    ok("init", "acme.fleet", "--base", str(base_folder))
+    for name, seed in (("a", "1"), ("b", "2")):
+        ok("train", f"data.train={text_rows}", "fleet=acme.fleet", f"name={name}", f"seed={seed}", "adapt.method=lora",
+           *(q for q in QUICK if not q.startswith("adapt.")))  # fmt: skip
+    assert "2 variants, 2 of them low-rank" in ok("pack", "acme.fleet", "--plan")
+    assert parsed("pack", "acme.fleet", "--plan")[0].startswith("2 variants")
+    told = ok("pack", "acme.fleet", "--error", "0.2", "--compare")
+    assert "2 variants in acme.packed.fleet" in told and "beside it int4" in told and "2 by klt" in told
+    done = parsed("pack", "acme.fleet", "--out", "other.fleet", "--method", "rtn", "pack.bits=8")
+    assert [line["how"] for line in done["lines"]] == ["rtn", "rtn"] and done["lines"][0]["error"] < 0.02
+    assert "all 2 variants are in" in ok("pack", "acme.fleet", "--error", "0.2")
+    assert "packed" in ok("list", "--fleet", "acme.packed.fleet")
+    assert "a@1" in ok("show", "a", "--fleet", "acme.packed.fleet")
+    for wrong, why in ((["acme.fleet", "--out", "acme.fleet"], "packed into itself"),
+                       (["acme.fleet", "--method", "klr"], "Did you mean 'klt'"),
+                       (["acme.fleet", "--error", "2", "--out", "x"], "klt.error must be"),
+                       (["acme.fleet", "other.fleet"], "one fleet or recipe at a time")):  # fmt: skip
+        code, _, err = say("pack", *wrong)
+        assert code == 2 and why in err, err
+
+
+def test_variants_are_searched(ok: Any, parsed: Any, base_folder: Path, text_rows: Path, tmp_path: Path) -> None:
+    ok("init", "acme.fleet", "--base", str(base_folder))
+    for name, seed in (("a", "1"), ("b", "2")):
+        ok("train", f"data.train={text_rows}", "fleet=acme.fleet", f"name={name}", f"seed={seed}", *QUICK)
+    lines = text_rows.read_text().splitlines(keepends=True)
+    for name, part in (("one", lines[::2]), ("two", lines[1::2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    said = ["fleet=acme.fleet", "name=both", "variants=[a, b]", "tasks=[one.jsonl, two.jsonl]", "generations=2"]
+    told = ok("evolve", *said)
+    assert "2 generations" in told and "both@1" in told
+    done = parsed("evolve", *said)
+    assert {"one", "two"} == set(done["elites"])
+
+
+def test_merges_sweep_and_become_variants(ok: Any, say: Said, parsed: Any, base_folder: Path, text_rows: Path,
+                                          tmp_path: Path) -> None:  # fmt: skip
+    ok("init", "acme.fleet", "--base", str(base_folder))
+    for name, seed in (("a", "1"), ("b", "2")):
+        ok("train", f"data.train={text_rows}", "fleet=acme.fleet", f"name={name}", f"seed={seed}", *QUICK)
+    told = parsed("merge", "a", "b", "--name", "soup", "--sweep", "3")
+    assert [t["version"] for t in told] == ["soup-0@1", "soup-0.5@1", "soup-1@1"] and told[1]["error"] == 0
+    assert ok("merge", "a", "b", "--name", "s", "--sweep", "2", "--rank", "1").count("published s-") == 2
+    said = {"merge_method": "ties", "base_model": "acme.fleet", "parameters": {"density": 0.5},
+            "models": [{"model": f"acme.fleet::{n}"} for n in "ab"]}  # fmt: skip
+    (tmp_path / "m.yml").write_text(json.dumps(said))
+    assert 0 < parsed("merge", "m.yml", "--name", "ab", "--rank", "1")["error"] < 1
+    assert "published ab@2: " in ok("merge", "m.yml", "--name", "ab", "--fleet", "acme.fleet")
+    (tmp_path / "s.yml").write_text(json.dumps(said | {"sweep": {"lambda": [0.5, 1]}}))
+    assert "2 results: lambda_0.5, lambda_1" in ok("merge", "s.yml", "--plan")
+    assert ok("merge", "s.yml", "swept").count("mean cosine") == 2
+    assert (tmp_path / "swept" / "lambda_0.5" / "model.safetensors").exists()
+    assert [t["version"] for t in parsed("merge", "s.yml", "--name", "x")] == ["x-lambda_0.5@1", "x-lambda_1@1"]
+    ok("init", "next.fleet", "--base", "swept/lambda_1")
+    for wrong, why in (
+        (["a", "b", "--sweep", "3"], "name the sums with --name"),
+        (["a", "--sweep", "3", "--name", "s"], "between two"),
+        (["m.yml", "--name", "x", "--rest", "kep", "-f", "acme.fleet"], "'kep' is not one of refuse, keep, drop"),
+        (["nothing.yml", "--name", "x", "-f", "acme.fleet"], "nothing.yml"),
+    ):  # fmt: skip
+        code, _, err = say("merge", *wrong, *(["-f", "acme.fleet"] if "-f" not in wrong else []))
+        assert code != 0 and why in err
 
 
 def test_a_tuned_model_becomes_a_variant(ok: Any, say: Said, parsed: Any, base_folder: Path, tmp_path: Path) -> None:

@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from merged import MERGINGS, Merging
+from merged import MERGINGS, as_formula, models, run
 from plures.core.folder import options_of
 from plures.engine import merging
-from plures.engine.merging import Job
 from plures.merge import merges
 from plures.tensors import largest
 from plures.tensors.deltas import top_scan, top_settle, uniform
-from plures.tensors.weights import half
 
 CASES = [(n, o, g) for n, row in MERGINGS.items() for o, g in ((row.options, row.given), *row.variants)]
 every = pytest.mark.parametrize(("name", "options", "given"), CASES,
                                 ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])  # fmt: skip
-SHAPE = (37, 29)
-
-
-def models(m: int, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> tuple[Any, Any]:
-    """m models and their base as bfloat16 has them: many differences are equal."""
-    r = np.random.default_rng(seed)
-    base = r.normal(size=shape).astype(np.float32).reshape(-1)
-    whole = base + 0.05 * r.normal(size=(m, base.size)).astype(np.float32)
-    wide = [(half(np.ascontiguousarray(x)).astype(np.uint32) << 16).view(np.float32) for x in (*whole, base)]
-    return np.stack(wide[:-1]), wide[-1]
-
-
-def run(name: str, options: dict[str, Any], given: dict[str, Any], W: Any, base: Any, shape: tuple[int, ...] = SHAPE,
-        order: list[int] | None = None, seed: int = 0) -> Any:  # fmt: skip
-    method, rows = merges.make(name, **options), list(range(len(W))) if order is None else order
-    said = {k: np.array(given.get(k, [v] * len(W)), float)[rows] for k, v in method.of_model.items()}
-
-    def read(of: Any, start: int, out: Any) -> None:
-        out[:] = of[start : start + len(out)]
-
-    out = np.full(W.shape[1], np.nan, np.float32)
-
-    def write(start: int, values: Any) -> None:
-        assert np.isnan(out[start : start + len(values)]).all()
-        out[start : start + len(values)] = values
-
-    below = partial(read, base) if method.base else None
-    told = merging.merge(Job("a.weight", shape, tuple(f"m{i}" for i in rows), tuple(partial(read, W[i]) for i in rows),
-                             below, method, said, seed), write)  # fmt: skip
-    assert 0 <= told.conflict <= 1 and -1 <= told.cosine <= 1 + 1e-9
-    return out
 
 
 def test_every_method_has_a_row() -> None:
@@ -60,14 +26,7 @@ def test_every_method_has_a_row() -> None:
 
 @every
 def test_it_is_the_formula_in_float64(name: str, options: Any, given: Any) -> None:
-    row: Merging = MERGINGS[name]
-    W, base = models(row.models)
-    said = {k: given.get(k, [v] * len(W)) for k, v in merges.make(name).of_model.items()}
-    want = row.oracle(W.astype(np.float64), base.astype(np.float64), said, SHAPE, options)
-    got = run(name, options, given, W, base)
-    np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-7)
-    ulp = np.abs(half(got).view(np.int16).astype(int) - half(want.astype(np.float32)).view(np.int16).astype(int))
-    assert ulp.max() <= 1
+    as_formula(name, options, given)
 
 
 @every

@@ -40,7 +40,7 @@ def it_is_fasterpam() -> None:
     of = pool()
     S = near(of)
     for init in ("random", "build"):
-        got = selects.make("fasterpam", init=init).choose(of, Budget(rows=12), rng(3, "x"))
+        got = selects.make("fasterpam", init=init, exact=0).choose(of, Budget(rows=12), rng(3, "x"))
         best = S[:, got.rows].max(1).sum()
         np.testing.assert_allclose(got.value, best, rtol=1e-6)
         assert got.value <= got.bound
@@ -49,6 +49,13 @@ def it_is_fasterpam() -> None:
                 assert S[:, [*np.delete(got.rows, p), c]].max(1).sum() <= best + 1e-5
         plain = selects.make("cover", swaps=0).choose(of, Budget(rows=12), rng(0))
         assert init == "random" or got.value >= plain.value
+    assert of.features is not None
+    S = np.maximum(of.features.astype(np.float64) @ of.features.T, 0)  # now by exact cosines; all 8 medoids are near
+    chosen = selects.make("fasterpam", exact=30).choose(of, Budget(rows=8), rng(3, "x")).rows
+    best = S[:, chosen].max(1).sum()
+    for p in range(8):
+        for c in np.setdiff1d(np.arange(160), chosen):
+            assert S[:, [*np.delete(chosen, p), c]].max(1).sum() <= best + 1e-5
 
 
 ROW = Pick(

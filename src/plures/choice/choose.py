@@ -14,31 +14,31 @@ from plures.choice.pool import Budget, Pool, Selection
 from plures.core.errors import WrongUse
 
 Array = np.ndarray[Any, Any]
-CHEAP = 2e11  # products in a round of k-medoids: some seconds of one core
 Loop = Callable[[Limits, Array], tuple[Array, Array, Any]]  # what is chosen within limits after these, gains, the state
 
 
-def best(pool: Pool, objective: Objective, budget: Budget, *, swaps: int = 0, refresh: int = 0, grows: bool = True,
-         by_cost: bool = True) -> Selection:  # fmt: skip
+def best(pool: Pool, objective: Objective, budget: Budget, *, swaps: int = 0, refresh: int = 0, exact: int = 0,
+         grows: bool = True, by_cost: bool = True) -> Selection:  # fmt: skip
     """The rows that maximise the objective within the budget, greedily.
 
-    `refresh` rounds of k-medoids and `swaps` passes of improving swaps follow (for `cover` alone; the order is then by
-    what rows add). `grows` says that no row ever takes from the value, so that there is a bound. In a budget of tokens
-    rows are judged by gain for cost, and the better of that and plain gain is taken; by plain gain alone without
-    `by_cost`.
+    `refresh` rounds of k-medoids and improving swaps follow, as `swapped` makes them (for `cover` alone; the order is
+    then by what rows add). `grows` says that no row ever takes from the value, so that there is a bound. In a
+    budget of tokens rows are judged by gain for cost, and the better of that and plain gain is taken; by plain gain
+    alone without `by_cost`.
     Raises: WrongUse where the budget cannot be met, with the reason.
     """
     rows, added, state, limits = within(pool, budget, lambda now, first: greedy(objective, now, first), by_cost)
     if swaps and objective.cover and budget.apart is None and budget.tokens is None:
-        return swapped(pool, objective, rows, budget, swaps, refresh)
+        return swapped(pool, objective, rows, budget, swaps, refresh, exact)
     return _selection(objective, rows, added, state, limits, grows)
 
 
 def swapped(pool: Pool, objective: Objective, rows: Array, budget: Budget, passes: int,
-            refresh: int = 0) -> Selection:  # fmt: skip
+            refresh: int = 0, exact: int = 0) -> Selection:  # fmt: skip
     """The chosen rows after passes of swaps that improve `cover`, ordered by what they add; the included stay first.
 
-    `refresh` rounds of k-medoids come before, where the pool has features and they are cheap.
+    `refresh` rounds of k-medoids come before, where the pool has features and they are cheap; `exact` rounds of swaps
+    by exact cosines take the place of those on the graph, where they are cheap too.
 
     A row is swapped for one that counts for the same quotas and, within a budget of tokens, costs the same. Rows that
     must be `apart` are only ordered.
@@ -48,9 +48,9 @@ def swapped(pool: Pool, objective: Objective, rows: Array, budget: Budget, passe
     fixed[first] = True
     if budget.apart is None:
         kind = made.of.astype(np.int64) * (int(limits.cost.max()) + 1) + limits.cost
-        if refresh and pool.features is not None and pool.features.size * len(rows) <= CHEAP:
+        if refresh and pool.features is not None and pool.features.size * len(rows) <= polish.CHEAP:
             rows = polish.refresh(pool.features, rows, kind, fixed, refresh)
-        rows, _ = polish.swap(objective.graph, rows, kind, fixed, passes)
+        rows = polish.exact(pool.features, objective.graph, rows, kind, fixed, passes, exact)
     rows, added, state = _ordered(objective, np.concatenate([first, np.setdiff1d(rows, first)]), len(first))
     return _selection(objective, rows, added, state, limits, True)
 

@@ -1,7 +1,8 @@
 """Better medoids: each cluster's own, and swaps on the neighbour graph as FasterPAM makes them (arXiv:2008.05171).
 
 `refresh` takes the features: every row goes to its nearest chosen row, and of each cluster the row with the largest sum
-of cosines to it, x . (sum of the cluster), takes the chosen one's place. `swap` takes the graph and looks further.
+of cosines to it, x . (sum of the cluster), takes the chosen one's place. `swap` takes the graph and looks further; on
+the graph `around` the chosen rows it counts all pairs that decide, not only those among the k nearest.
 For each row the nearest and the second nearest chosen row are kept. What swapping a chosen row m for a row c gains is
     sum over neighbours i of c of max(0, near(i, c) - best_i)   minus what i loses when m goes,
 and the loss of every m is known but for the few m that are nearest to a neighbour of c: so one pass over c's neighbours
@@ -14,11 +15,16 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from scipy.sparse import coo_array
+from threadpoolctl import threadpool_limits
 
+from plures.choice import graph as graphs
 from plures.choice import kmeans
 from plures.choice.graph import Graph
 
 Array = np.ndarray[Any, Any]
+CHEAP = 2e11  # products of features in a round: some seconds of one core
+PAIRS = 2**24  # held at most: 0.6 GB with what is made of them
 
 
 def refresh(features: Array, rows: Array, cell: Array, fixed: Array, passes: int = 4) -> Array:
@@ -47,6 +53,52 @@ def refresh(features: Array, rows: Array, cell: Array, fixed: Array, passes: int
     return rows
 
 
+def around(features: Array, rows: Array, lists: int = 8) -> Graph | None:
+    """The graph of the pairs that decide about swaps of these chosen rows; None where that would cost too much.
+
+    Row i is held against the rows whose nearest chosen row is one of the `lists` nearest to i. A pair is kept where it
+    is nearer than i and its second nearest chosen row, as no other can gain; and so are i's pairs with those nearest
+    chosen rows, one of which is left to i when another goes. The value of the chosen rows on this graph is their exact
+    one, that of others at most theirs: swaps that gain on it gain at least as much by exact cosines.
+    """
+    n, d = features.shape
+    k, asked = len(rows), min(lists, len(rows))
+    if n * k * d > CHEAP:
+        return None
+    with threadpool_limits(1, "blas"):
+        chosen = np.asarray(features[rows], np.float32)
+        top, near = np.empty((n, asked), np.int32), np.empty((n, asked), np.float32)
+        for at in range(0, n, kmeans.BLOCK):
+            block = np.asarray(features[at : at + kmeans.BLOCK], np.float32) @ chosen.T
+            graphs.top(block, top[at : at + kmeans.BLOCK])
+            near[at : at + kmeans.BLOCK] = np.take_along_axis(block, top[at : at + kmeans.BLOCK].astype(np.int64), 1)
+        least = np.maximum(near[:, 1], 0) if asked > 1 else np.zeros(n, np.float32)
+        members, queries = graphs.by_list(top[:, :1], k), graphs.by_list(top, k)
+        if sum(len(a) * len(b) for a, b in zip(members, queries, strict=True)) * d > CHEAP:
+            return None
+        one, other, value = [np.repeat(np.arange(n, dtype=np.int32), asked)], [rows[top.ravel()]], [near.ravel()]
+        free = np.ones(n, bool)
+        free[rows] = False
+        for mine, some in zip(members, queries, strict=True):
+            mine = mine[free[mine]]
+            of = np.asarray(features[mine], np.float32)
+            for at in range(0, len(some) if len(mine) else 0, 512):
+                part = some[at : at + 512]
+                block = np.asarray(features[part], np.float32) @ of.T
+                i, j = np.nonzero(block > least[part, None])
+                one.append(part[i])
+                other.append(mine[j])
+                value.append(block[i, j])
+            if sum(map(len, value)) > PAIRS:
+                return None
+    i, j, v = np.concatenate(one), np.concatenate(other), np.concatenate(value)
+    kept = (i != j) & (v > 0)
+    half = coo_array((v[kept], (i[kept], j[kept])), shape=(n, n)).tocsr()
+    both = half.maximum(half.T).tocsr()  # two products of the same pair may differ in the last bit
+    both.sort_indices()
+    return Graph(both.indptr.astype(np.int64), both.indices.astype(np.int32), both.data)
+
+
 def swap(graph: Graph, rows: Array, cell: Array, fixed: Array, passes: int = 4) -> tuple[Array, int]:
     """The chosen rows after improving swaps of `sum_i max_{j in S} near(i, j)`, and how many were made.
 
@@ -55,6 +107,20 @@ def swap(graph: Graph, rows: Array, cell: Array, fixed: Array, passes: int = 4) 
     """
     swapped, made = _swap(graph.start, graph.index, graph.near, rows.astype(np.int64), cell, fixed, passes)
     return swapped, int(made)
+
+
+def exact(features: Array | None, graph: Graph, rows: Array, cell: Array, fixed: Array, passes: int,
+          rounds: int) -> Array:  # fmt: skip
+    """The chosen rows after so many rounds of swaps `around` them at most; on the `graph` where that costs too much."""
+    for at in range(rounds):
+        near = None if features is None else around(features, rows)
+        if near is None:
+            rounds = at
+            break
+        rows, made = swap(near, rows, cell, fixed, passes)
+        if not made:
+            break
+    return rows if rounds else swap(graph, rows, cell, fixed, passes)[0]
 
 
 @njit(cache=True, nogil=True)

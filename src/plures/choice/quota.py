@@ -6,6 +6,7 @@ quota, so quotas are linear in the counts of the cells, and a small integer prog
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +38,24 @@ def cells(pool: Pool, quotas: Sequence[Quota]) -> Cells:
     columns = sorted({q.group for q in quotas})
     if not columns:
         return Cells(np.zeros(pool.n, np.int32), np.zeros((0, 1), bool))
-    codes = np.stack([pool.groups[c].codes for c in columns], axis=1)
-    kinds, of = np.unique(codes, axis=0, return_inverse=True)
+    kinds: Array
+    of: Array
+    sizes = [len(pool.groups[c].names) for c in columns]
+    if math.prod(sizes) <= 2**24:  # every combination has a number
+        key = np.zeros(pool.n, np.int32)
+        for c, size in zip(columns, sizes, strict=True):
+            key *= np.int32(size)
+            key += pool.groups[c].codes
+        there = np.flatnonzero(np.bincount(key, minlength=math.prod(sizes)))
+        new = np.zeros(math.prod(sizes), np.int32)
+        new[there] = np.arange(len(there))
+        kinds, of = np.stack(np.unravel_index(there, sizes), axis=1).astype(np.int32), new[key]
+    else:
+        codes = np.stack([pool.groups[c].codes for c in columns], axis=1)
+        kinds, of = np.unique(codes, axis=0, return_inverse=True)
     at = {c: i for i, c in enumerate(columns)}
     rows = [kinds[:, at[q.group]] == pool.groups[q.group].names.index(q.value) for q in quotas]
-    return Cells(of.reshape(-1).astype(np.int32), np.stack(rows))
+    return Cells(of.reshape(-1).astype(np.int32, copy=False), np.stack(rows))
 
 
 def bounds(quota: Quota, limit: int) -> tuple[int, int]:

@@ -15,17 +15,6 @@ from plures.core.errors import PluresError
 
 NO_VERB = ("app", "output", "progress")
 
-app = typer.Typer(
-    name="plures",
-    help="Out of one base model, many: train, keep and serve a fleet of variants.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
 def verbs() -> list[str]:
     """The names of the verbs, which are the names of the files here (a trailing _ avoids Python's keywords)."""
     return sorted(m.name for m in pkgutil.iter_modules(plures.cli.__path__) if m.name not in NO_VERB)
@@ -37,21 +26,40 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _top(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
 
 
-for _name in verbs():
-    app.command(_name.rstrip("_"))(importlib.import_module(f"plures.cli.{_name}").command)
+def _built(names: list[str]) -> typer.Typer:
+    """The command line of these verbs; what the others import is not imported."""
+    made = typer.Typer(
+        name="plures",
+        help="Out of one base model, many: train, keep and serve a fleet of variants.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_top)
+    for name in names:
+        made.command(name.rstrip("_"))(importlib.import_module(f"plures.cli.{name}").command)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":  # all verbs
+        return _built(verbs())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main(argv: list[str] | None = None) -> Any:
     """Run one command. Exit codes: see `plures.core.errors`; PLURES_DEBUG=1 shows tracebacks."""
+    first = (sys.argv[1:] if argv is None else argv)[:1]
     try:
-        return app(args=argv, standalone_mode=True)
+        return _built([v for v in verbs() if first == [v.rstrip("_")]] or verbs())(args=argv, standalone_mode=True)
     except PluresError as error:
         if os.environ.get("PLURES_DEBUG"):
             raise

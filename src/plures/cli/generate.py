@@ -19,7 +19,7 @@ def command(
     top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
     route: Annotated[
-        str, typer.Option(help="Let the variants answer as one, weighed by mean or drm; none: each by itself.")
+        str, typer.Option(help="They answer as one, by mean, drm or 'posterior prior=.7,.3'; none: each by itself.")
     ] = "",
     requests: Annotated[str, typer.Option(help="A .jsonl file of requests, each naming its model.")] = "",
     out: Annotated[str, typer.Option(help="Where their answers go; a run that was cut short goes on.")] = "",

@@ -16,8 +16,18 @@ class Console:
 
     def __call__(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == "start":
+            weighed = "" if fields.get("weight", "none") == "none" else f" weighed by {fields['weight']!r}"
             self._line(f"{fields['name']}: {fields['method']}, {fields['trained']:,} trained numbers, "
-                       f"{fields['rows']} rows, {fields['steps']} steps")  # fmt: skip
+                       f"{fields['rows']} rows{weighed}, {fields['steps']} steps")  # fmt: skip
+        elif kind == "evolve":
+            who, tasks = ", ".join(fields["variants"]), ", ".join(fields["tasks"])
+            self._line(f"{fields['name']}: mixtures of {who} for {tasks}, {fields['steps']} generations in "
+                       f"{fields['run']}")  # fmt: skip
+        elif kind == "generation":
+            if fields["step"] % self.every == 0 or fields["step"] == fields["steps"]:
+                scores = "  ".join(f"{task} {score:.4f}" for task, score in fields["scores"].items())
+                left = duration(fields["left_s"])
+                self._line(f"generation {fields['step']}/{fields['steps']}  {scores}  {left} left")
         elif kind == "resume":
             self._line(f"resumed at step {fields['step']}")
         elif kind == "step":

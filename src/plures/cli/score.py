@@ -15,7 +15,9 @@ def command(
     others: Annotated[
         list[str] | None, typer.Option("--with", help="Another variant that answers with it; may be repeated.")
     ] = None,
-    route: Annotated[str, typer.Option(help="What weighs them with --with: mean or drm.")] = "mean",
+    route: Annotated[
+        str, typer.Option(help="What weighs them with --with: mean, drm or posterior, with options: 'drm gamma=3'.")
+    ] = "mean",
     max_tokens: Annotated[int, typer.Option(help="Tokens of one window.")] = 512,
     at_most: Annotated[float | None, typer.Option(help="Fail (exit 5) above this many bits per byte.")] = None,
     fleet: FleetOption = "",

@@ -23,6 +23,10 @@ def command(
     grace: Annotated[float, typer.Option(help="Seconds that running requests are given at a stop.")] = 30.0,
     on: Annotated[str, typer.Option(help="'ray': from several processes, by Ray Serve.")] = "",
     replicas: Annotated[int, typer.Option(help="Processes with an engine each, on ray.")] = 1,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(help="A name for several, of which the prompt chooses: help=support,legal:.3; may be repeated."),
+    ] = None,
     fleet: FleetOption = "",
 ) -> None:
     """Serve every variant of a fleet with OpenAI's API, from one process or (--on ray) from several."""
@@ -34,6 +38,7 @@ def command(
     from plures.core.errors import WrongUse
     from plures.engine.limits import Settings
     from plures.server.on_ray import OnRay
+    from plures.server.routing import read_routes
     from plures.server.run import Service
 
     if on not in ("", "ray"):
@@ -42,6 +47,7 @@ def command(
         raise WrongUse("--replicas needs --on ray; without it there is one process")
     if threads:
         torch.set_num_threads(threads)
+    routes = read_routes(route or [])
     settings = Settings(rows=rows, slots=slots, kv_tokens=kv_tokens, bfloat16=bfloat16, device=device)
     asked = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
@@ -49,9 +55,10 @@ def command(
     service: Service | OnRay
     if on:
         service = OnRay(fleet_path(fleet), settings, replicas=replicas, threads=threads, grace_s=grace, host=host,
-                        port=port, admin_port=admin_port or None, open=open)  # fmt: skip
+                        port=port, admin_port=admin_port or None, open=open, routes=routes)  # fmt: skip
     else:
-        service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port or None, open=open)
+        service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port or None, open=open,
+                          routes=routes)  # fmt: skip
     service.start()
     typer.echo(f"serving {fleet_path(fleet)} at {service.url}/v1" + (f", administration at {service.admin_url}/admin"
                if admin_port else ""))  # fmt: skip

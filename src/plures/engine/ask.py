@@ -60,12 +60,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: whose it is, the identity of the variant that answers, the prompt's token ids, and how."""
+    """One request: whose it is, the identity of the variant that answers, the prompt's token ids, and how.
+
+    `weighed` asks for no answer, but for how likely the prompt is to the variant: it ends in one piece with `nats`.
+    """
 
     tenant: str
     variant: str
     tokens: tuple[int, ...]
     how: Sampling = Sampling()
+    weighed: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Piece:
 
     `text` is what is certain: half characters, and what may begin a stop text, are held back until they are decided.
     `tokens` is filled where log-probabilities were asked for. `n_prompt` and `n_cached` (of the prompt, read from the
-    prefix cache) are in the last piece, with `n_new`, and `error` where it failed.
+    prefix cache) are in the last piece, with `n_new`, and `error` where it failed; `nats` is the log-likelihood of a
+    prompt that was weighed, of every token but the first.
     """
 
     ids: tuple[int, ...] = ()
@@ -95,6 +100,7 @@ class Piece:
     n_prompt: int = 0
     n_cached: int = 0
     n_new: int = 0
+    nats: float = 0.0
 
 
 class Serving(Protocol):

@@ -86,6 +86,7 @@ class Chunk:
     slot: int
     blocks: list[int]
     last: bool  # whether the prompt ends with it, so that the next token is wanted
+    every: bool = False  # the next token is wanted after each of it: the prompt is weighed
 
 
 @dataclass
@@ -105,8 +106,12 @@ class Flat:
     chunks: list[Chunk] = field(default_factory=list)
 
     def wanted(self) -> list[int]:
-        """Tokens after which the next one is asked for: of the decoding rows, and the ends of prompts."""
-        return [*range(len(self.slots)), *(c.first + c.n - 1 for c in self.chunks if c.last)]
+        """Tokens after which the next one is asked for: of the decoding rows, and of chunks in their order the ends of
+        prompts, or all tokens of those that are weighed."""
+        out = [*range(len(self.slots))]
+        for c in self.chunks:
+            out += range(c.first if c.every else c.first + c.n - 1, c.first + c.n) if c.every or c.last else ()
+        return out
 
 
 @dataclass
@@ -219,7 +224,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, flat: Flat, bank: Bank | None, cache: Cache) -> Tensor:
-        """Logits `[rows, vocab]`, float32: of the decoding rows, then of the chunks that end a prompt.
+        """Logits `[rows, vocab]`, float32, after the tokens that are `flat.wanted()`.
 
         Keys and values of every token of the batch are in the cache afterwards.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
 
@@ -16,11 +16,14 @@ import numpy as np
 
 from plures.core.errors import BadInput
 from plures.merge import Merger, Part, Scanner, Stats
-from plures.tensors.weights import CHUNK
+from plures.tensors.scratch import scratch
+from plures.tensors.weights import CHUNK, finite
 
 Array = np.ndarray[Any, Any]
 Read = Callable[[int, Array], None]
 """Puts the elements from a start on into a float32 array."""
+Write = Callable[[int, Array], None]
+"""Takes the elements from a start on."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,20 @@ def piece(job: Job) -> int:
     return max(1, CHUNK // unit) * unit
 
 
-def parts(job: Job, only: Collection[int] | None = None) -> Iterator[Part]:
-    """The tensor's pieces, or those that start at some of `only`. Raises: BadInput where a number is not finite."""
+def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False) -> Iterator[Part]:
+    """The tensor's pieces, or those that start at some of `only`; each takes the place of the one before.
+
+    Raises: BadInput where a number is not finite, unless that was seen to before.
+    """
     size, step = prod(job.shape), piece(job)
-    values, base = np.empty((len(job.reads), min(step, size)), np.float32), np.empty(min(step, size), np.float32)
     for start in range(0, size, step):
         if only is not None and start not in only:
             continue
         n = min(step, size - start)
-        here, below = values[:, :n] if n == values.shape[1] else np.empty((len(values), n), np.float32), base[:n]
+        here, below = scratch("values", (len(job.reads), n)), scratch("base", n)
         for model, read, row in zip(job.models, job.reads, here, strict=True):
             read(start, row)
-            if not np.isfinite(np.add.reduce(row)) and not np.isfinite(row).all():  # a sum is quick, and may overflow
+            if not trusted and not finite(row):
                 bad = start + int(np.flatnonzero(~np.isfinite(row))[0])
                 raise BadInput(f"{model!r}: {job.name!r} has {row[bad - start]} at element {bad}; mend the model first")
         if job.base is not None:
@@ -79,50 +84,94 @@ def parts(job: Job, only: Collection[int] | None = None) -> Iterator[Part]:
                    job.seed)  # fmt: skip
 
 
-def merge(job: Job, write: Callable[[int, Array], None]) -> Told:
+def merge(job: Job, write: Write) -> Told:
     """Put the merged tensor out, piece by piece, and say how it lies beside the plain mean, by two of its pieces.
 
     Raises: BadInput; what the method raises.
     """
-    stats: list[Stats] = []
-    for _ in range(job.method.passes):
-        method, told, last = cast(Scanner, job.method), dict[str, Array](), None
-        for part in parts(job):
-            found, last = method.scan(part, stats), part
-            for key, value in found.items():
-                if key in told:
-                    told[key] += value
-                else:
-                    told[key] = value
-        if last is not None:
-            stats.append(method.settle(told, last, stats))
-    step, size = piece(job), prod(job.shape)
-    looked: dict[int, Array] = {0: np.empty(0), size // step // 2 * step: np.empty(0)}
-    for part in parts(job):
-        out = np.ascontiguousarray(job.method.apply(part, stats), np.float32)
-        write(part.start, out)
-        if part.start in looked:
-            looked[part.start] = out
-    return _compare(job, looked)
+    return merge_all([job], [write])[0]
 
 
-def _compare(job: Job, merged: Mapping[int, Array]) -> Told:
-    """How the merged pieces lie beside the plain mean of the models."""
+def merge_all(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
+    """The same of several results of one tensor, which differ in their methods' options and what is said of models.
+
+    The models are read once for all whose pieces are of one length: those of one method, unless an option sets it.
+    """
+    told: dict[int, Told] = {}
+    for step in dict.fromkeys(map(piece, jobs)):
+        some = [i for i, job in enumerate(jobs) if piece(job) == step]
+        told |= zip(some, _together([jobs[i] for i in some], [writes[i] for i in some]), strict=True)
+    return [told[i] for i in range(len(jobs))]
+
+
+def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
+    stats: list[list[Stats]] = [[] for _ in jobs]
+    for turn in range(max(job.method.passes for job in jobs)):
+        those = [i for i, job in enumerate(jobs) if job.method.passes > turn]
+        told, last = [dict[str, Array]() for _ in jobs], list[Part]()
+        for part in parts(jobs[0], trusted=turn > 0):
+            last = [part]
+            for i in those:
+                found = cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i])
+                for key, value in found.items():
+                    if key in told[i]:
+                        told[i][key] += value
+                    else:
+                        told[i][key] = value
+        for part in last:
+            for i in those:
+                method, of = cast(Scanner, jobs[i].method), replace(part, given=jobs[i].given)
+                stats[i].append(method.settle(told[i], of, stats[i]))
+    step, size = piece(jobs[0]), prod(jobs[0].shape)
+    looked: list[dict[int, Array]] = [{0: np.empty(0), size // step // 2 * step: np.empty(0)} for _ in jobs]
+    for part in parts(jobs[0], trusted=any(stats)):
+        for i, (job, write, kept, before) in enumerate(zip(jobs, writes, looked, stats, strict=True)):
+            out = np.ascontiguousarray(job.method.apply(_for(job, part, len(jobs)), before), np.float32)
+            write(part.start, out)
+            if part.start in kept:
+                kept[part.start] = scratch(f"merged {i} {part.start > 0}", len(out))
+                kept[part.start][:] = out
+    return _compare(jobs[0], looked)
+
+
+def _for(job: Job, part: Part, many: int) -> Part:
+    """A piece for one of several results: with its own numbers, which a method may use up."""
+    return replace(part, values=part.values.copy(), given=job.given) if many > 1 else replace(part, given=job.given)
+
+
+def _compare(job: Job, merged: Sequence[Mapping[int, Array]]) -> list[Told]:
+    """How the merged pieces of each result lie beside the plain mean of the models."""
     m, n = len(job.reads), 0
-    gram, conflict, length, mean_length = np.zeros((m, m)), 0, 0.0, 0.0
-    for part in parts(job, merged):
-        mean = part.values.mean(0, dtype=np.float64)
-        origin = mean if part.base is None else part.base.astype(np.float64)
-        deltas = part.values - origin
+    gram, conflict, lengths, mean_length = np.zeros((m, m)), 0, [0.0] * len(merged), 0.0
+    for part in parts(job, merged[0], trusted=True):
+        mean, origin = scratch("means", (2, part.values.shape[1]), np.float64)
+        np.add.reduce(part.values, 0, np.float64, mean)
+        mean /= m
+        origin[:] = mean if part.base is None else part.base
+        deltas = scratch("wide", part.values.shape, np.float64)
+        deltas[:] = part.values
+        deltas -= origin
         gram += deltas @ deltas.T
-        conflict += int(((deltas > 0).any(0) & (deltas < 0).any(0)).sum())
-        length += float(np.square(merged[part.start] - origin).sum())
-        mean_length += float(np.square(mean - origin).sum())
+        up, down = deltas[0] > 0, deltas[0] < 0
+        for delta in deltas[1:]:
+            up |= delta > 0
+            down |= delta < 0
+        conflict += int(np.count_nonzero(up & down))
+        lengths = [so_far + _apart(kept[part.start], origin) for so_far, kept in zip(lengths, merged, strict=True)]
+        mean_length += _apart(mean, origin)
         n += len(mean)
     size = np.sqrt(np.maximum(np.diag(gram), 1e-300))
     cosines = (gram / np.outer(size, size))[np.triu_indices(m, 1)]
     cosine = float(np.clip(cosines, -1, 1).mean()) if len(cosines) else 1.0
-    return Told(job.name, cosine, conflict / max(n, 1), length**0.5, mean_length**0.5)
+    return [Told(job.name, cosine, conflict / max(n, 1), length**0.5, mean_length**0.5) for length in lengths]
+
+
+def _apart(a: Array, b: Array) -> float:
+    """The square of the distance of two pieces."""
+    wide = scratch("apart", a.shape, np.float64)
+    wide[:] = a
+    wide -= b
+    return float(np.square(wide, out=wide).sum())
 
 
 def order(names: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from plures.core.errors import WrongUse
 from plures.engine.admit import Admission
 from plures.engine.ask import BASE, Ask, Chosen, Overloaded, Piece, Prompt, Unavailable
-from plures.engine.batch import Deliver, Row, flatten
+from plures.engine.batch import Deliver, Row, flatten, weigh
 from plures.engine.cache import BLOCK
 from plures.engine.choose import Chooser, Grammars, Words, chosen, greedy
 from plures.engine.decoder import Flat
@@ -202,11 +202,14 @@ class Engine:
         rows, prefill_tokens = self._composed()
         if not rows:
             return False
-        flat, decoding, ending = flatten(rows, prefill_tokens, self.cache, self._grow)
+        flat, decoding, ending, weighing = flatten(rows, prefill_tokens, self.cache, self._grow)
         if not flat.tokens:
             return False
         logits = self.decoder.step(flat, self.bank, self.cache)
         self._account(flat, decoding)
+        if weighing:
+            logits, done = weigh(flat, weighing, logits)
+            self._weighed(done)
         self._advance([*decoding, *ending], logits)
         self._clock(len(flat.tokens), time.monotonic() - began)
         return True
@@ -297,7 +300,9 @@ class Engine:
                 self._waiting[row.waiting.ticket] = row
                 return
             row.slot = slot
-        row.held, row.done = self.cache.begin(row.ask.variant, row.tokens)
+        weighed = row.ask.weighed  # every token is computed; its blocks are there for who asks after it
+        row.held, row.done = self.cache.begin(row.ask.variant, [] if weighed else row.tokens)
+        row.nats = 0.0
         if not row.n_new:
             row.n_cached = row.done
         self._running[row.waiting.ticket] = row
@@ -377,6 +382,16 @@ class Engine:
                 self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt))
                 continue
             self._append(row, token, logprob, top)
+
+    def _weighed(self, rows: list[Row]) -> None:
+        """Charge the prompts that were weighed, and tell who asked."""
+        with self._lock:
+            for row in rows:
+                self.queue.served(row.ask.tenant, row.n_prompt, 0)
+                self.lately.served(row.ask.tenant, row.n_prompt, 0)
+                self._drop(row.waiting.ticket)
+        for row in rows:
+            self._tell(row, Piece(finish="stop", n_prompt=row.n_prompt, nats=row.nats))
 
     def _append(self, row: Row, token: int, logprob: float, top: list[tuple[int, float]]) -> None:
         row.tokens.append(token)

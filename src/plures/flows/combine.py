@@ -13,7 +13,9 @@ from torch import Tensor
 from plures.adapt import adapts
 from plures.bridges.on_model import as_lora
 from plures.core.errors import WrongUse
+from plures.flows.merge_sweep import between
 from plures.store import Store, Version
+from plures.store.names import check_name
 from plures.tensors.lowrank import reduced, weighted_sum
 from plures.tensors.site import Site
 from plures.tensors.variant import Variant
@@ -44,16 +46,52 @@ def combine(fleet: Path, weights: Mapping[str, float], name: str, *, rank: int =
     if rank < 0:
         raise WrongUse(f"rank must be at least 0, got {rank}")
     with Store.open(fleet) as store:
-        versions = {ref: store.resolve(ref) for ref in weights}
-        loaded = [as_lora(store.load(v.ref)) for v in versions.values()]
-        if odd := next((ref for ref, v in zip(weights, loaded, strict=True) if v.extra), None):
-            raise WrongUse(f"{odd!r} trained whole parameters beside its adapter (modules_to_save), which have no sum "
-                           "with others that did not; merge exported models with plures merge")  # fmt: skip
+        versions, loaded = _loaded(store, list(weights))
         variant, error = _sum(loaded, list(weights.values()), rank)
-        said = {versions[ref].ref: weight for ref, weight in weights.items()}
+        said = {version.ref: weight for version, weight in zip(versions, weights.values(), strict=True)}
         variant = variant.with_provenance(combined=said, rank=rank, error=error)
-        version = store.publish(variant, name, aliases=aliases, parents=[v.ref for v in versions.values()])
+        version = store.publish(variant, name, aliases=aliases, parents=[v.ref for v in versions])
     return Combined(version, int(variant.options["r"]), error)
+
+
+def soups(fleet: Path, variants: Sequence[str], name: str, many: int, *, rank: int = 0) -> list[Combined]:
+    """Publish `many` sums `(1 - s) a + s b` of two variants, with `s` from 0 to 1 evenly apart, as `<name>-<s>`.
+
+    The line between two variants that were trained for two ends is a choice of how much of each to have, made after
+    training (rewarded soups, arXiv:2306.04488, by its abstract; between quality and diversity in arXiv:2410.06084,
+    from memory of its abstract). The variants are read once; each sum is published by itself, in this order, after all
+    were made.
+
+    Raises: WrongUse for other than two variants or fewer than two sums; as `combine`.
+    """
+    if len(variants) != 2 or variants[0] == variants[1]:
+        raise WrongUse(f"a sweep lies between two variants, and {len(variants)} are named: {', '.join(variants)}")
+    if many < 2:
+        raise WrongUse(f"a sweep has at least 2 points, got {many}")
+    shares = between(many)
+    names = [check_name(f"{name}-{share:.6g}") for share in shares]
+    if len(set(names)) < many:
+        raise WrongUse(f"{many} points lie too near to each other to be told by six digits; take fewer")
+    with Store.open(fleet) as store:
+        versions, loaded = _loaded(store, variants)
+        made = []
+        for share in shares:
+            weights = {versions[0].ref: 1 - share, versions[1].ref: share}
+            variant, error = _sum(loaded, list(weights.values()), rank)
+            made.append((variant.with_provenance(combined=weights, rank=rank, error=error), error))
+        parents = [v.ref for v in versions]
+        return [Combined(store.publish(variant, called, parents=parents), int(variant.options["r"]), error)
+                for called, (variant, error) in zip(names, made, strict=True)]  # fmt: skip
+
+
+def _loaded(store: Store, refs: Sequence[str]) -> tuple[list[Version], list[Variant]]:
+    """The variants as plain LoRAs. Raises: WrongUse for those that are no sum of low rank."""
+    versions = [store.resolve(ref) for ref in refs]
+    loaded = [as_lora(store.load(v.ref)) for v in versions]
+    if odd := next((ref for ref, v in zip(refs, loaded, strict=True) if v.extra), None):
+        raise WrongUse(f"{odd!r} trained whole parameters beside its adapter (modules_to_save), which have no sum with "
+                       "others that did not; merge exported models with plures merge")  # fmt: skip
+    return versions, loaded
 
 
 def _sum(loras: Sequence[Variant], weights: Sequence[float], rank: int) -> tuple[Variant, float]:

@@ -20,9 +20,11 @@ from plures.engine.generate import Completion, Session
 from plures.engine.loop import Score, evaluate
 from plures.engine.model import empty_base, linear_names, load_base, reference
 from plures.engine.together import Together
-from plures.flows.recipes import DataPart, LoopPart, TrainRecipe
+from plures.flows.evolve import Evolved, evolve
+from plures.flows.evolve import Score as Scorer
+from plures.flows.recipes import DataPart, EvolveRecipe, LoopPart, TrainRecipe
 from plures.flows.train import device, on_device, pad_id, train
-from plures.route import routes
+from plures.route import make as make_route
 from plures.store import Store, Version
 from plures.tensors.variant import Variant
 
@@ -101,14 +103,28 @@ class Fleet:
         return session.generate([p for _, p in requests], slots, Sampling(**how))
 
     def together(self, refs: Sequence[str | None], route: str = "mean", **options: Any) -> FleetTogether:
-        """Variants that answer as one (None: the base among them); `route` weighs them: "mean", or "drm" with options.
+        """Variants that answer as one (None: the base among them); `route` weighs them: "mean", "drm" or "posterior".
+
+        Options are given by name, or after the route's: `"posterior prior=0.7,0.3"`.
 
         Raises: WrongUse for fewer than two variants, one that is named twice, or an unknown route or option.
         """
-        way, asked = routes.make(route, **options), [None if ref is None else self[ref] for ref in refs]
+        way, asked = make_route(route, **options), [None if ref is None else self[ref] for ref in refs]
         session = self.session()
         slots = [session.slot(None) if variant is None else variant.slot() for variant in asked]
         return FleetTogether(self, Together(session, slots, way))
+
+    def evolve(self, variants: Sequence[str], name: str, *, score: Scorer | None = None, check: Scorer | None = None,
+               sinks: tuple[Sink, ...] = (), **settings: Any) -> Evolved:  # fmt: skip
+        """Search among mixtures of `variants` and publish the best: all-round as `name`, at a task as `name-<task>`.
+
+        Tasks are files of rows (`tasks=["a.jsonl", "b.jsonl"]`), or what `score(variant)` gives by task, higher being
+        better; `check` is the like for the comparison in the end. `settings` are keys of `plures recipe evolve`.
+
+        Raises: RecipeErrors for an unknown setting or a wrong value, all at once; as `plures.flows.evolve.evolve`.
+        """
+        said = {"fleet": str(self.path), "name": name, "variants": list(variants), **settings}
+        return evolve(load(EvolveRecipe, said, where="evolve"), score=score, check=check, sinks=sinks)
 
     def bring_in(self, folder: str | Path, name: str, *, aliases: Sequence[str] = ()) -> FleetVariant:
         """Import an adapter folder (a PEFT LoRA, or one of ours) as the next version of `name`."""
@@ -221,6 +237,36 @@ class FleetTogether:
         examples = encode(read_rows(data, columns=columns), base.tokenizer, max_tokens=max_tokens)
         batches = held_out(examples, batch_rows, max_tokens, pad_id(base))
         return evaluate(self.model, lambda: on_device(batches, base.model.device), batches.n_bytes)
+
+    def posterior(self, prompts: Sequence[Prompt], prior: Sequence[float] = (),
+                  batch_rows: int = 8) -> list[list[float]]:  # fmt: skip
+        """How probable each member's domain is, prompt by prompt: the route `posterior` at the prompt's end.
+
+        Raises: WrongUse for a prior that is not of these members, or an empty prompt.
+        """
+        way = make_route("posterior", prior=",".join(map(repr, map(float, prior))))
+        encoded = [self.fleet.session().encode(p) for p in prompts]
+        if odd := [p for p, ids in zip(prompts, encoded, strict=True) if not ids]:
+            raise WrongUse(f"prompt {odd[0]!r} is empty: it has no tokens")
+        out: list[list[float]] = []
+        for at in range(0, len(encoded), batch_rows):
+            past = self.model.likelihoods(encoded[at : at + batch_rows]).double()
+            out += way.weigh(past.unsqueeze(-1), past).T.tolist()
+        return out
+
+    def prior(self, data: Data, *, columns: Mapping[str, str] | None = None, max_tokens: int = 512,
+              batch_rows: int = 8) -> list[float]:  # fmt: skip
+        """How much of some rows is of each member's domain: the mean of their posteriors, for `posterior`'s `prior`.
+
+        Longer rows count by their windows of `max_tokens`; no member gets less than a millionth.
+        """
+        base = self.fleet.session().base
+        examples = encode(read_rows(data, columns=columns), base.tokenizer, max_tokens=max_tokens)
+        totals = [0.0] * len(self.model.slots)
+        for at in range(0, len(examples), batch_rows):
+            past = self.model.likelihoods([e.ids for e in examples[at : at + batch_rows]]).double()
+            totals = [t + s for t, s in zip(totals, past.softmax(0).sum(1).tolist(), strict=True)]
+        return [max(t / len(examples), 1e-6) for t in totals]
 
 
 def _counted(variant: Variant) -> dict[str, int]:

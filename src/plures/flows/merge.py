@@ -7,35 +7,40 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from plures.core.errors import BadInput, WrongUse, disk, nearest
+from plures.core.errors import BadInput, WrongUse, nearest
 from plures.core.folder import options_of
 from plures.engine import merging
 from plures.engine.merging import Job, Told
-from plures.flows import merge_recipe
+from plures.flows import merge_align, merge_recipe
 from plures.flows.merge_recipe import KINDS, Model, Recipe
+from plures.flows.merge_sources import Source, opened, read_json
+from plures.flows.merge_sweep import points
+from plures.flows.merge_tokens import Tokens, is_table, tokens
 from plures.merge import Merger, merges
-from plures.tensors.weights import FLOATS, WIDTH, Planned, Weights, folder, same
+from plures.tensors.weights import FLOATS, WIDTH, Planned, Sink, folder, folders, same
 
 Array = np.ndarray[Any, Any]
 Say = Callable[[str], None]
-TEXTS = ("generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-             "tokenizer.model", "added_tokens.json", "vocab.txt")  # fmt: skip
+LICENCES = ("LICENSE", "LICENSE.txt")
+TOKENIZER = ("generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer_config.json",
+             "special_tokens_map.json")  # fmt: skip
+WORDS = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "vocab.txt")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 NO_MEANING = ("int8_mask",)  # parameters of mergekit that save memory there
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge will read and write, and what stands out between its models."""
+    """What a merge will read and write, and what stands out between its models; `outputs` are a sweep's results."""
 
     method: str
     models: tuple[str, ...]
@@ -44,11 +49,13 @@ class Plan:
     read_bytes: int
     write_bytes: int
     remarks: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The plan as people read it."""
         base = f" on {self.base}" if self.base else ""
-        return [f"{self.method} of {', '.join(self.models)}{base}",
+        swept = [f"{len(self.outputs)} results: {', '.join(self.outputs)}"] if self.outputs else []
+        return [f"{self.method} of {', '.join(self.models)}{base}", *swept,
                 f"{self.tensors:,} tensors, {self.read_bytes:,} bytes read and {self.write_bytes:,} written",
                 *self.remarks]  # fmt: skip
 
@@ -70,123 +77,43 @@ class Merged:
     length_over_mean: float
 
 
-class Lora:
-    """A LoRA adapter's share of a model's weights: `scale * B A`, of as many rows as are asked for.
-
-    Raises: BadInput for what is no plain LoRA.
-    """
-
-    def __init__(self, path: str) -> None:
-        at = Path(path)
-        with disk(at / "adapter_config.json", "read"):
-            config = json.loads((at / "adapter_config.json").read_text(encoding="utf-8"))
-        odd = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices",
-                           "fan_in_fan_out") if config.get(k)]  # fmt: skip
-        if config.get("peft_type") != "LORA" or odd:
-            what = ", ".join(odd) or config.get("peft_type")
-            raise BadInput(f"{path!r} is no plain LoRA ({what}); merge it into its base first with plures export")
-        rank = config["r"]
-        self.scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-        self.factors: dict[str, tuple[Array, Array]] = {}
-        with Weights(at / "adapter_model.safetensors") as held:
-            sides: dict[str, dict[str, Array]] = {}
-            for name, entry in held.entries.items():
-                site, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
-                out = np.empty(entry.size, np.float32)
-                held.read(name, 0, out)
-                sides.setdefault(f"{site}.weight", {})[side[0]] = out.reshape(entry.shape)
-        for name, both in sides.items():
-            if set(both) != {"A", "B"}:
-                raise BadInput(f"{path!r}: {name!r} lacks one of its factors")
-            self.factors[name] = both["B"], both["A"]
-
-    def add(self, name: str, start: int, out: Array) -> None:
-        """Add the adapter's share to the elements from `start` on."""
-        if name not in self.factors:
-            return
-        B, A = self.factors[name]
-        width = A.shape[1]
-        first, last = start // width, (start + len(out) - 1) // width + 1
-        rows = (self.scale * B[first:last].astype(np.float64) @ A).reshape(-1)
-        out += rows[start - first * width : start - first * width + len(out)].astype(np.float32)
-
-
-class Source:
-    """A model of the recipe: its weights, and an adapter on them."""
-
-    def __init__(self, model: Model) -> None:
-        self.name, self.folder = model.name, local(model.path)
-        self.weights = Weights(self.folder)
-        self.lora = Lora(model.lora) if model.lora else None
-        if self.lora and (lost := sorted(set(self.lora.factors) - set(self.weights.entries))):
-            raise BadInput(f"{model.lora!r} adapts {lost[0]!r}, which {model.path!r} has not; it is of another base")
-
-    def read(self, name: str, start: int, out: Array) -> None:
-        """The elements from `start` on, as float32."""
-        self.weights.read(name, start, out)
-        if self.lora:
-            self.lora.add(name, start, out)
-
-    def text(self, file: str) -> dict[str, Any]:
-        """A JSON file of the folder; {} where there is none."""
-        path = self.folder / file
-        if not path.exists():
-            return {}
-        with disk(path, "read"):
-            said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return said
-
-
-def local(path: str) -> Path:
-    """A model's folder here: the path itself, or what the hub has under that id."""
-    if Path(path).exists():
-        return Path(path)
-    from plures.engine.model import locate  # which imports torch
-
-    return locate(path)
-
-
-@contextmanager
-def opened(recipe: Recipe) -> Iterator[dict[str, Source]]:
-    """The models of a recipe, by name."""
-    with ExitStack() as stack:
-        found = {}
-        for model in recipe.sources():
-            found[model.name] = source = Source(model)
-            stack.callback(source.weights.close)
-        yield found
-
-
-def jobs(recipe: Recipe, sources: Mapping[str, Source], seed: int) -> list[Job]:
-    """How every tensor comes about. Raises: WrongUse, BadInput for what cannot be merged."""
+def jobs(recipe: Recipe, sources: Mapping[str, Source], seed: int, words: Tokens | None = None) -> list[Job]:
+    """How every tensor comes about; `words` is what becomes of different tokens. Raises: WrongUse, BadInput for what
+    cannot be merged."""
     kind = type(merges.make(recipe.method))
     if kind.base and recipe.base is None:
         raise WrongUse(f"{recipe.method} works on what models add to a base: name it with base_model")
-    made = _sliced(recipe, sources) if recipe.slices else _whole(recipe, sources)
-    layers = [n for n in (merge_recipe.layer_of(name) for name, _, _ in made) if n is not None]
-    last = max(layers, default=0)
+    free = frozenset(n for s in sources.values() for n in s.weights.entries if words and is_table(n))
+    made = _sliced(recipe, sources, free) if recipe.slices else _whole(recipe, sources, free)
     out = []
-    for name, models, more in made:
-        layer = merge_recipe.layer_of(name)
-        t = (layer / last if last else 0.0) if layer is not None else float(not _begins(name))
+    for name, models, more, t, of_base in made:
         method, of_model = _said(recipe, kind, name, t, [m for m, _ in models], more)
         base, below = recipe.base, None
         if kind.base and base is not None:
-            of_base = merge_recipe.moved(name, _layer(models[0][1])) if recipe.slices and layer is not None else name
-            below = partial(sources[base.name].read, of_base)
-        reads = tuple(partial(sources[m.name].read, tensor) for m, tensor in models)
+            below = _read(sources, words, base.name, of_base)
+        reads = tuple(_read(sources, words, m.name, tensor) for m, tensor in models)
         shape = sources[models[0][0].name].weights.entries[models[0][1]].shape
+        shape = words.shape(shape) if words and name in free else shape
         out.append(Job(name, shape, tuple(m.name for m, _ in models), reads, below, method, of_model, seed))
     return out
 
 
-Made = list[tuple[str, list[tuple[Model, str]], Mapping[str, Any]]]
+def _read(sources: Mapping[str, Source], words: Tokens | None, model: str, name: str) -> merging.Read:
+    if words and is_table(name):
+        return words.reader(model, name)
+    return partial(sources[model].read, name)
 
 
-def _layer(name: str) -> int:
-    number = merge_recipe.layer_of(name)
-    assert number is not None
-    return number
+class Origin(NamedTuple):
+    """Of a tensor of the result its name, the models' tensors, what its slice says, how far along the layers it is, and
+    the base's tensor. As in mergekit, `t` goes from 0 to 1 in a slice, is 1 where that has one layer, and 0 outside of
+    layers."""
+
+    name: str
+    models: list[tuple[Model, str]]
+    said: Mapping[str, Any]
+    t: float
+    of_base: str
 
 
 def _begins(name: str) -> bool:
@@ -194,25 +121,35 @@ def _begins(name: str) -> bool:
     return any(part in name for part in ("embed", "wte", "wpe"))
 
 
-def _whole(recipe: Recipe, sources: Mapping[str, Source]) -> Made:
-    """All models for all tensors."""
-    names = same({k: s.weights for k, s in sources.items()})
-    method, models = type(merges.make(recipe.method)), list(recipe.models)
-    if recipe.base is not None:
-        others = [m for m in models if m.name != recipe.base.name]
-        first = [m for m in models if m.name == recipe.base.name]
-        models = others if method.base else [*first, *others]
-    if not models:
+def _whole(recipe: Recipe, sources: Mapping[str, Source], free: frozenset[str]) -> list[Origin]:
+    """All models for all tensors; those in `free` may have other numbers of rows."""
+    names = same({k: s.weights for k, s in sources.items()}, free)
+    of_base = recipe.base.name if recipe.base and type(merges.make(recipe.method)).base else None
+    if all(m.name == of_base for m in recipe.models):
         raise WrongUse(f"{recipe.method} has no model besides its base")
-    first_of = sources[models[0].name].weights.entries
-    return [(n, [(m, n) for m in models], {}) for n in merging.order(names) if first_of[n].kind in FLOATS]
+    first_of, made = sources[recipe.models[0].name].weights.entries, []
+    last = max((n for n in map(merge_recipe.layer_of, names) if n is not None), default=0)
+    for n in merging.order(names):
+        if first_of[n].kind in FLOATS:
+            t = 0.0 if (layer := merge_recipe.layer_of(n)) is None else layer / last if last else 1.0
+            made.append(Origin(n, _in_order(recipe, [(m, n) for m in recipe.models]), {}, t, n))
+    return made
 
 
-def _sliced(recipe: Recipe, sources: Mapping[str, Source]) -> Made:
+def _in_order(recipe: Recipe, models: list[tuple[Model, str]]) -> list[tuple[Model, str]]:
+    """The models' tensors, the base's first, or left out, unless alone, of methods that work on what models add."""
+    if recipe.base is not None:
+        others = [m for m in models if m[0].name != recipe.base.name]
+        first = [m for m in models if m[0].name == recipe.base.name]
+        return (others or first) if type(merges.make(recipe.method)).base else [*first, *others]
+    return models
+
+
+def _sliced(recipe: Recipe, sources: Mapping[str, Source], free: frozenset[str]) -> list[Origin]:
     """Layers from slices, one behind the other; what is before them of the first slice's models, what is behind of the
     last one's."""
-    made: Made = []
-    at = 0
+    made: list[Origin] = []
+    base, at = recipe.base.name if recipe.base else "", 0
     for piece in recipe.slices:
         begin, end = piece.sources[0].layers or (0, 0)
         for r in range(end - begin):
@@ -225,18 +162,22 @@ def _sliced(recipe: Recipe, sources: Mapping[str, Source]) -> Made:
                     raise WrongUse(f"{model.name!r} has no layer {layer}")
                 lists.append([(model, n) for n in there])
             for group in zip(*lists, strict=True):
-                made.append((merge_recipe.moved(group[0][1], at), list(group), piece.parameters))
+                t = r / (end - begin - 1) if end - begin > 1 else 1.0
+                of_base = next((n for m, n in group if m.name == base), group[0][1])
+                name = merge_recipe.moved(group[0][1], at)
+                made.append(Origin(name, _in_order(recipe, list(group)), piece.parameters, t, of_base))
             at += 1
     for piece, begins in ((recipe.slices[0], True), (recipe.slices[-1], False)):
         first = sources[piece.sources[0].name].weights
         for name in first.names:
             if merge_recipe.layer_of(name) is None and _begins(name) == begins:
-                made.append((name, [(m, name) for m in piece.sources], piece.parameters))
-    for name, models, _ in made:
+                whole = [(m, name) for m in piece.sources]
+                made.append(Origin(name, _in_order(recipe, whole), piece.parameters, 0.0, name))
+    for name, models, *_ in made:
         shapes = {sources[m.name].weights.entries[n].shape for m, n in models if n in sources[m.name].weights.entries}
-        if len(shapes) != 1:
+        if len({s[1:] for s in shapes} if name in free else shapes) != 1:
             raise BadInput(f"{name!r} has several shapes among {', '.join(m.name for m, _ in models)}")
-    by_name = {m[0]: m for m in made}
+    by_name = {m.name: m for m in made}
     return [by_name[n] for n in merging.order(list(by_name))]
 
 
@@ -251,13 +192,15 @@ def _said(recipe: Recipe, kind: Any, name: str, t: float, models: list[Model],
                 names = [*known, *kind.of_model]
                 raise WrongUse(f"{where}: {recipe.method} has no parameter {key!r}.{nearest(key, names)} There are: "
                                f"{', '.join(names) or 'none'}")  # fmt: skip
-    options = {}
+    options: dict[str, Any] = {}
     for key, option in known.items():
         said = more.get(key, recipe.parameters.get(key))
         if said is not None:
             default = _options(kind)[option][1]
-            number = merge_recipe.value(said, name, t, key)
-            options[option] = type(default)(number)
+            if isinstance(default, str):
+                options[option] = merge_recipe.word(said, name, key)
+            else:
+                options[option] = type(default)(merge_recipe.value(said, name, t, key))
     of_model = {}
     for key, default in kind.of_model.items():
         values = [m.parameters.get(key, more.get(key, recipe.parameters.get(key, default))) for m in models]
@@ -281,18 +224,23 @@ def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Merger:
 def plan(recipe: Recipe, seed: int = 0) -> Plan:
     """What `merge` would do, from headers and configs alone. Raises: as `merge`, where it is known by then."""
     with opened(recipe) as sources:
-        made = jobs(recipe, sources, seed)
-        return _plan(recipe, sources, made)
+        words = tokens(recipe, sources)
+        if recipe.align:
+            merge_align.check(recipe, sources)
+        return _plan(recipe, sources, {k: jobs(r, sources, seed, words) for k, r in points(recipe).items()})
 
 
-def _plan(recipe: Recipe, sources: Mapping[str, Source], made: list[Job]) -> Plan:
-    first = next(iter(sources.values()))
-    written = sum(prod(j.shape) * WIDTH[_kind(recipe, sources, j)] for j in made)
+def _plan(recipe: Recipe, sources: Mapping[str, Source], made: Mapping[str, list[Job]]) -> Plan:
+    first, some = next(iter(sources.values())), next(iter(made.values()))
+    written = sum(prod(j.shape) * WIDTH[_kind(recipe, sources, j)] for j in some) * len(made)
     width = WIDTH[first.weights.entries[first.weights.names[0]].kind]
-    read = sum((1 + j.method.passes) * (len(j.reads) + (j.base is not None)) * prod(j.shape) * width for j in made)
-    models = tuple(dict.fromkeys(m for j in made for m in j.models))
-    return Plan(recipe.method, models, recipe.base.name if recipe.base else "", len(made), read, written,
-                tuple(_remarks(sources)))  # fmt: skip
+    read = 0
+    for of in zip(*made.values(), strict=True):
+        turns, those = 1 + max(j.method.passes for j in of), len(of[0].reads) + (of[0].base is not None)
+        read += turns * those * prod(of[0].shape) * width
+    models = tuple(dict.fromkeys(m for j in some for m in j.models))
+    return Plan(recipe.method, models, recipe.base.name if recipe.base else "", len(some), read, written,
+                tuple(_remarks(sources)), tuple(made) if recipe.sweep else ())  # fmt: skip
 
 
 def _remarks(sources: Mapping[str, Source]) -> Iterator[str]:
@@ -319,29 +267,75 @@ def merge(recipe: Recipe, out: Path, *, seed: int = 0, workers: int = 1, say: Sa
     """Merge what `recipe` says into the folder `out`, which appears whole or not at all.
 
     `workers` threads work on tensors side by side (0: as many as cores, at most 4); the bytes do not depend on it.
-    Raises: WrongUse for a recipe that cannot be meant, BadInput for models that do not fit or are damaged, DiskTrouble.
+    Raises: WrongUse for a recipe that cannot be meant, or with a sweep; BadInput for models that do not fit or are
+        damaged; DiskTrouble.
     """
-    began = time.monotonic()
+    if recipe.sweep:
+        raise WrongUse("the recipe has a sweep, which makes several models: plures.flows.merge.sweep writes them")
+    return _merge(recipe, out, seed, workers, say)[0]
+
+
+def sweep(recipe: Recipe, out: Path, *, seed: int = 0, workers: int = 1, say: Say = lambda _: None) -> list[Merged]:
+    """Merge into `out/<point>` for each point of the recipe's sweep, from one read of the models.
+
+    The folder `out` appears with all of them or not at all; each is byte for byte what a recipe of its own would make.
+    Raises: as `merge`; WrongUse for a recipe without a sweep.
+    """
+    if not recipe.sweep:
+        raise WrongUse("the recipe has no sweep; say which values, like sweep: {weight: [[1, 0], [0.5, 0.5], [0, 1]]}")
+    return _merge(recipe, out, seed, workers, say)
+
+
+def _merge(recipe: Recipe, out: Path, seed: int, workers: int, say: Say) -> list[Merged]:
+    began, by_point = time.monotonic(), points(recipe)
     with opened(recipe) as sources:
-        made = jobs(recipe, sources, seed)
+        words = tokens(recipe, sources)
+        made = {k: jobs(r, sources, seed, words) for k, r in by_point.items()}
         planned = _plan(recipe, sources, made)
-        for line in planned.lines():
+        for line in (*planned.lines(), *(merge_align.align(recipe, sources, seed) if recipe.align else ())):
             say(line)
-        _same_tokens(recipe, sources)
-        first = sources[recipe.base.name if recipe.base else made[0].models[0]]
-        whole = [Planned(j.name, _kind(recipe, sources, j), j.shape) for j in made]
+        some = next(iter(made.values()))
+        first = sources[recipe.base.name if recipe.base else some[0].models[0]]
+        whole = [Planned(j.name, _kind(recipe, sources, j), j.shape) for j in some]
         others = [] if recipe.slices else [
             Planned(n, e.kind, e.shape) for n, e in first.weights.entries.items() if e.kind not in FLOATS]
-        files = [first.folder / f for f in (*TEXTS, *TOKENIZER) if (first.folder / f).exists()]
-        with folder(out, [*whole, *others], copies=files, texts=_texts(recipe, first, made, seed)) as sink:
+        texts = {k: _texts(r, first, words, some, seed) for k, r in by_point.items()}
+        with _sinks(out, recipe, [*whole, *others], _copies(first, words), texts) as sinks:
             for t in others:
-                sink.raw(t.name, 0, first.weights.raw(t.name, 0, prod(t.shape)))
+                data = first.weights.raw(t.name, 0, prod(t.shape))
+                for sink in sinks.values():
+                    sink.raw(t.name, 0, data)
+
+            def run(of: tuple[Job, ...]) -> list[Told]:
+                return merging.merge_all(of, [partial(sink.write, of[0].name) for sink in sinks.values()])
+
             with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as threads:
-                told = list(threads.map(lambda job: merging.merge(job, partial(sink.write, job.name)), made))
-    return _merged(out, made, told, planned, time.monotonic() - began)
+                told = list(threads.map(run, zip(*made.values(), strict=True)))
+    seconds = time.monotonic() - began
+    return [_merged(out / k, some, [t[i] for t in told], planned.write_bytes // len(made), seconds)
+            for i, k in enumerate(made)]  # fmt: skip
 
 
-def _texts(recipe: Recipe, first: Source, made: list[Job], seed: int) -> dict[str, str]:
+def _sinks(out: Path, recipe: Recipe, plan: list[Planned], copies: list[Path],
+           texts: Mapping[str, Mapping[str, str]]) -> AbstractContextManager[Mapping[str, Sink]]:  # fmt: skip
+    """By point; of a recipe without a sweep the only one is ""."""
+    return folders(out, plan, texts, copies=copies) if recipe.sweep else _one(out, plan, copies, texts[""])
+
+
+@contextmanager
+def _one(out: Path, plan: list[Planned], copies: list[Path], texts: Mapping[str, str]) -> Iterator[Mapping[str, Sink]]:
+    with folder(out, plan, copies=copies, texts=texts) as sink:
+        yield {"": sink}
+
+
+def _copies(first: Source, words: Tokens | None) -> list[Path]:
+    """The files that come along: the tokenizer's from the model whose tokens the result has."""
+    of = words.folder if words else first.folder
+    names = [*TOKENIZER, *(() if words and words.file else WORDS)]
+    return [p for p in (*(first.folder / f for f in LICENCES), *(of / f for f in names)) if p.exists()]
+
+
+def _texts(recipe: Recipe, first: Source, words: Tokens | None, made: list[Job], seed: int) -> dict[str, str]:
     """The configuration of the result, and where it comes from."""
     config = first.text("config.json")
     if recipe.slices and config:
@@ -350,30 +344,22 @@ def _texts(recipe: Recipe, first: Source, made: list[Job], seed: int) -> dict[st
         config.pop("layer_types", None)
     if recipe.dtype and config:
         config["dtype" if "dtype" in config else "torch_dtype"] = recipe.dtype
+    texts = {"chat_template.jinja": recipe.chat} if recipe.chat else {}
+    if words:
+        theirs = read_json(words.folder / "config.json")
+        config |= {k: theirs[k] for k in SPECIAL if k in theirs}
+        config.get("text_config", config)["vocab_size"] = words.rows
+        if words.file:
+            texts["tokenizer.json"] = json.dumps(words.file, ensure_ascii=False, indent=2) + "\n"
     lineage = {"plures": "merge", "recipe": asdict(recipe), "seed": seed}
-    texts = {"plures_merge.json": json.dumps(lineage, indent=1, default=str) + "\n"}
+    texts["plures_merge.json"] = json.dumps(lineage, indent=1, default=str) + "\n"
     return texts | ({"config.json": json.dumps(config, indent=2) + "\n"} if config else {})
 
 
-def _same_tokens(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """Raises: WrongUse where tokens differ: rows of embeddings would be mixed that mean different ones."""
-    told = {}
-    for name, source in sources.items():
-        said = source.text("tokenizer.json").get("model", {}).get("vocab")
-        if said is not None:
-            told[name] = said if isinstance(said, dict) else {str(e[0]): i for i, e in enumerate(said)}
-    (first, mine), *others = told.items() or [("", {})]
-    for name, vocab in others:
-        if vocab != mine:
-            odd = sorted(set(vocab.items()) ^ set(mine.items()))[0][0]
-            raise WrongUse(f"{first!r} and {name!r} have different tokens, {odd!r} among them: their embeddings cannot "
-                           "be merged; a union of tokenizers is not there yet")  # fmt: skip
-
-
-def _merged(out: Path, made: list[Job], told: list[Told], planned: Plan, seconds: float) -> Merged:
+def _merged(out: Path, made: list[Job], told: list[Told], n_bytes: int, seconds: float) -> Merged:
     weight = np.array([float(prod(j.shape)) for j in made])
     weight /= weight.sum()
     mean = [float(weight @ [getattr(t, k) for t in told]) for k in ("cosine", "conflict")]
     lengths = sum(t.length**2 for t in told) ** 0.5, sum(t.mean_length**2 for t in told) ** 0.5
-    return Merged(str(out), len(made), planned.write_bytes, seconds, mean[0], mean[1],
+    return Merged(str(out), len(made), n_bytes, seconds, mean[0], mean[1],
                   lengths[0] / lengths[1] if lengths[1] else 0.0)  # fmt: skip

@@ -14,7 +14,9 @@ from plures.core.errors import BadInput, WrongUse, disk, nearest
 
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _TOP = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-        "tokenizer", "chat_template", "name")  # fmt: skip
+        "tokenizer", "chat_template", "name", "sweep", "align")  # fmt: skip
+FLEET = "::"
+"""Between a fleet's folder and a variant of it: `acme.fleet::support@3`."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
 
 
@@ -42,8 +44,30 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Token:
+    """Where a token's rows come from: `model` ("": by the rule) and its token, by text or number; or zeros. `force`
+    takes it for the models too that have the token themselves."""
+
+    model: str = ""
+    token: str = ""
+    number: int = -1
+    zero: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Which tokens the result has: `base`, `union`, or those of a model; and a multiple that its rows are padded to."""
+
+    source: str
+    tokens: Mapping[str, Token] = field(default_factory=dict)
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. Without slices all models count for all tensors."""
+    """A whole recipe. Without slices all models count for all tensors; `sweep` has a parameter's values, of which each
+    makes a result of its own. `align` is "permutation" or ""."""
 
     method: str
     models: tuple[Model, ...]
@@ -51,7 +75,10 @@ class Recipe:
     base: Model | None
     parameters: Mapping[str, Any]
     dtype: str
-    tokenizer: str
+    tokenizer: Tokenizer | None
+    sweep: Mapping[str, list[Any] | int] = field(default_factory=dict)
+    align: str = ""
+    chat: str = ""
 
     def sources(self) -> list[Model]:
         """Every model that is read, each once, the base last."""
@@ -81,17 +108,92 @@ def parse(said: Any) -> Recipe:
     slices = tuple(_slice(s) for s in _list(said.get("slices", []), "slices"))
     if "tokenizer" in said and "tokenizer_source" in said:
         raise WrongUse("tokenizer and tokenizer_source say the same: give one of them")
-    tokenizer = said.get("tokenizer_source", said.get("tokenizer", ""))
-    if isinstance(tokenizer, dict):
-        _keys(tokenizer, ("source",), "tokenizer")
-        tokenizer = tokenizer.get("source", "")
     kind = said.get("out_dtype") or said.get("dtype") or ""
     for key in ("dtype", "out_dtype"):
         if said.get(key) and said[key] not in KINDS:
             raise WrongUse(f"{key} {said[key]!r} is none of {', '.join(KINDS)}.{nearest(str(said[key]), KINDS)}")
+    if (align := said.get("align") or "") not in ("", "permutation"):
+        raise WrongUse(f"align {align!r} is not 'permutation'; leave it out to merge the models as they are")
     base = _reference(said["base_model"], "base_model") if said.get("base_model") else None
     return Recipe(str(said["merge_method"]), models, slices, base, dict(said.get("parameters") or {}), kind,
-                  str(tokenizer or ""))  # fmt: skip
+                  _tokenizer(said), _sweep(said.get("sweep")), align, _chat(said.get("chat_template")))  # fmt: skip
+
+
+def _chat(said: Any) -> str:
+    """A chat template; "" for that of the model whose tokens the result has."""
+    if said is None or said == "auto":
+        return ""
+    if not isinstance(said, str) or not ("{{" in said or "{%" in said):
+        raise WrongUse(f"chat_template is {said!r}; auto (that of the model whose tokens the result has) or a Jinja "
+                       "template is meant")  # fmt: skip
+    return said
+
+
+def _sweep(said: Any) -> dict[str, list[Any] | int]:
+    """Every parameter's values, of all as many: one for each result."""
+    if said is None:
+        return {}
+    if not isinstance(said, dict) or not said:
+        raise WrongUse("sweep names parameters with a list of values each, like sweep: {weight: [[1, 0], [0.5, 0.5]]}")
+    for key, values in said.items():
+        many = values if isinstance(values, int) and not isinstance(values, bool) else (
+            len(values) if isinstance(values, list) else 0)  # fmt: skip
+        if many < 2:
+            raise WrongUse(f"sweep: {key!r} has {values!r}; a list of at least two values is meant, or, of weights of "
+                           "two models, how many points lie between them")  # fmt: skip
+    lengths = {key: v if isinstance(v, int) else len(v) for key, v in said.items()}
+    if len(set(lengths.values())) > 1:
+        raise WrongUse(f"sweep has {', '.join(f'{n} values of {k!r}' for k, n in lengths.items())}: the first of each "
+                       "make the first result, so give as many of each")  # fmt: skip
+    return {str(k): v for k, v in said.items()}
+
+
+def _tokenizer(said: Mapping[str, Any]) -> Tokenizer | None:
+    if said.get("tokenizer_source"):
+        return Tokenizer(_named(said["tokenizer_source"], "tokenizer_source"))
+    told = said.get("tokenizer")
+    if not told:
+        return None
+    if not isinstance(told, dict):
+        return Tokenizer(_named(told, "tokenizer"))
+    _keys(told, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
+    multiple = told.get("pad_to_multiple_of")
+    if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
+        raise WrongUse(f"tokenizer: pad_to_multiple_of is {multiple!r}, and a whole number of at least 1 is needed")
+    tokens = told.get("tokens") or {}
+    if not isinstance(tokens, dict):
+        raise WrongUse(f"tokenizer: tokens is {type(tokens).__name__}, and tokens with what is said of them are needed")
+    given = {str(t): _token(of, f"tokenizer: token {t!r}") for t, of in tokens.items()}
+    return Tokenizer(_named(told.get("source") or "union", "tokenizer"), given, multiple or 1)
+
+
+def _named(said: Any, where: str) -> str:
+    return _reference(said, where).name
+
+
+def _token(said: Any, where: str) -> Token:
+    """What is said of a token."""
+    _keys(said, ("source", "force"), where)
+    source, force = said.get("source"), said.get("force", False)
+    if not isinstance(force, bool):
+        raise WrongUse(f"{where}: force is {force!r}, and true or false is meant")
+    kind = source.get("kind") if isinstance(source, dict) else None
+    if source is None:
+        return Token(force=force)
+    if kind is None:
+        return Token(_named(source, where), force=force)
+    if kind == "zero":
+        _keys(source, ("kind",), where)
+        return Token(zero=True, force=force)
+    if kind != "model_token":
+        near = nearest(str(kind), ("zero", "model_token"))
+        raise WrongUse(f"{where}: kind {kind!r} is none of zero, model_token.{near}")
+    _keys(source, ("kind", "model", "token", "token_id"), where)
+    number = source.get("token_id", -1)
+    odd = isinstance(number, bool) or not isinstance(number, int) or ("token_id" in source and number < 0)
+    if source.get("model") is None or ("token" in source) == ("token_id" in source) or odd:
+        raise WrongUse(f"{where}: a model_token names a model, and either token or token_id (0 or more)")
+    return Token(_named(source["model"], where), str(source.get("token", "")), number, force=force)
 
 
 def _keys(said: Any, known: Sequence[str], where: str) -> None:
@@ -169,9 +271,24 @@ def value(said: Any, name: str, t: float, where: str) -> float:
         high = min(low + 1, len(said) - 1)
         return float(said[low] + (said[high] - said[low]) * (at - low))
     if isinstance(said, list) and said and all(isinstance(v, dict) for v in said):
-        for entry in said:
-            _keys(entry, ("filter", "value"), where)
-            if entry.get("filter") in (None, "*") or str(entry["filter"]) in name:
-                return value(entry.get("value"), name, t, where)
-        raise WrongUse(f"{where}: no filter fits {name!r}; end the list with a value without filter")
+        return value(_fitting(said, name, where), name, t, where)
     raise WrongUse(f"{where} is {said!r}; a number, a list of numbers along the layers, or values by filter are meant")
+
+
+def word(said: Any, name: str, where: str) -> str:
+    """A parameter that is a word for a tensor: one for all, or a list of words by filters, as in `value`. Raises:
+    WrongUse."""
+    if isinstance(said, str):
+        return said
+    if isinstance(said, list) and said and all(isinstance(v, dict) for v in said):
+        return word(_fitting(said, name, where), name, where)
+    raise WrongUse(f"{where} is '{said}'; a word, or words by filter are meant")
+
+
+def _fitting(said: list[dict[str, Any]], name: str, where: str) -> Any:
+    """The value of the first filter that is part of a tensor's name. Raises: WrongUse where none is."""
+    for entry in said:
+        _keys(entry, ("filter", "value"), where)
+        if entry.get("filter") in (None, "*") or str(entry["filter"]) in name:
+            return entry.get("value")
+    raise WrongUse(f"{where}: no filter fits {name!r}; end the list with a value without filter")

@@ -55,7 +55,7 @@ def measure(pool: Pool, rows: Array, seed: int) -> dict[str, Any]:
             told["target"] = float((few @ np.asarray(pool.target, np.float32).T).max(1).mean())
         told["alike"] = float((np.tril(few @ few.T, -1).max(1) >= _LIKE).mean()) if len(few) > 1 else 0.0
         told["vendi"] = {str(q): v for q, v in vendi.scores(pool.features, np.sort(rows)).items()}
-    told["scores"] = {name: float(np.nanmean(of[rows])) if np.isfinite(of[rows]).any() else None
+    told["scores"] = {name: float(np.nanmean(of[rows], dtype=np.float64)) if np.isfinite(of[rows]).any() else None
                       for name, of in pool.scores.items()}  # fmt: skip
     told["balance"] = {name: grade(of, rows) for name, of in pool.groups.items()}
     return told

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
-from plures.tensors.deltas import crumbs, crumbs_settle, given, mixed, top_scan
+from plures.merge import Part, Stats, row
+from plures.tensors.deltas import crumbs, crumbs_by_row, crumbs_settle, given, mixed, onto, top_scan
 
 Array = np.ndarray[Any, Any]
 
@@ -31,19 +31,30 @@ class Breadcrumbs:
     Options:
         lambda_: the scale of the result; `lambda` in recipes.
         normalize: whether the sum is divided by that of the weights.
+        scope: whether differences are ranked over the whole tensor, or in each row (the last axis) by itself.
 
     Per model: weight, density, gamma.
-    Paper: from our notes on the authors' code; the text was not read. The election by sign, where it is, is TIES'.
-    Departs from the paper: its code ranks each row by itself; here the tensor is ranked as one, as in mergekit. Models
-        have weights.
+    Raises: WrongUse where density and gamma are more than all there is, and for another scope.
+    Paper: from the authors' code; the text was not read. The election by sign, where it is, is TIES'.
+    Departs from the paper: its code (github.com/rezazzr/breadcrumbs, src/task_vectors.py) ranks each row by itself,
+        which is scope row; the tensor is ranked as one unless that is asked for, as in mergekit. Models have weights.
+        A share of a row is rounded down to whole numbers, so that narrow rows may lose all.
     """
 
     lambda_: float = 1.0
     normalize: bool = False
+    scope: Literal["tensor", "row"] = "tensor"
     base: ClassVar[bool] = True
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0, "density": 1.0, "gamma": 0.01}
-    passes: ClassVar[int] = 2
-    unit = staticmethod(one)
+
+    @property
+    def passes(self) -> int:
+        """Two for the edges of the whole tensor; rows need none."""
+        return 2 if self.scope == "tensor" else 0
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """A row where rows are ranked by themselves."""
+        return row(shape) if self.scope == "row" else 1
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
         """Histograms of the differences' magnitudes, for both edges."""
@@ -59,6 +70,8 @@ class Breadcrumbs:
         """Cut at both ends, sum."""
         assert part.base is not None
         deltas, weights = part.deltas(), given(part.given, "weight")
-        crumbs(deltas, stats[-1])
-        total = mixed(deltas, weights, self.normalize)
-        return np.asarray(part.base + np.float32(self.lambda_) * total)
+        if self.scope == "tensor":
+            crumbs(deltas, stats[-1])
+        else:
+            crumbs_by_row(deltas, row(part.shape), given(part.given, "density"), given(part.given, "gamma"))
+        return onto(part.base, mixed(deltas, weights, self.normalize), self.lambda_)

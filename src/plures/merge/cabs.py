@@ -37,10 +37,12 @@ class Cabs:
 
     Per model: weight.
     Raises: WrongUse for n and m out of range.
-    Paper: arXiv:2503.01874, from our notes on it and on the authors' code, github.com/zongzhenyang/CABS, whose defaults
+    Paper: its abstract, and the authors' code, github.com/zongzhenyang/CABS (prune_task_vector_7b.py), whose defaults
         these are; the text was not read.
     Departs from the paper: any number of models. Where fewer than n of a group are free, the rest are its largest of
-        those taken: masks overlap by no more than they must. A last group of fewer than m keeps its share, rounded up.
+        those taken, n in all; the authors' second model then takes all that is free and m / 2 of those taken. A last
+        group of fewer than m keeps its share, rounded up; the authors' code stops there. Of equal differences the
+        earlier stay; there it is open which. Differences are float32, there float16.
     """
 
     n: int = 64

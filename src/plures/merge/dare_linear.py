@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.folder import method
 from plures.merge import Part, Stats, one
-from plures.tensors.deltas import drop, given, mixed
+from plures.tensors.deltas import drop, given, mixed, onto
 
 Array = np.ndarray[Any, Any]
 
@@ -52,5 +52,4 @@ class DareLinear:
         assert part.base is not None
         deltas, weights, density = part.deltas(), given(part.given, "weight"), given(part.given, "density")
         drop(deltas, density, self.rescale, part.seed, part.name, part.models, part.start)
-        total = mixed(deltas, weights, self.normalize)
-        return np.asarray(part.base + np.float32(self.lambda_) * total)
+        return onto(part.base, mixed(deltas, weights, self.normalize), self.lambda_)

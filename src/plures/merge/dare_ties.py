@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.folder import method
 from plures.merge import Part, Stats, one
-from plures.tensors.deltas import agree, drop, given, mixed
+from plures.tensors.deltas import agree, drop, given, mixed, onto
 
 Array = np.ndarray[Any, Any]
 
@@ -54,4 +54,4 @@ class DareTies:
         deltas, weights, density = part.deltas(), given(part.given, "weight"), given(part.given, "density")
         drop(deltas, density, self.rescale, part.seed, part.name, part.models, part.start)
         mask = agree(deltas, weights)
-        return np.asarray(part.base + np.float32(self.lambda_) * mixed(deltas, weights, self.normalize, mask))
+        return onto(part.base, mixed(deltas, weights, self.normalize, mask), self.lambda_)

@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.folder import method
 from plures.merge import Part, Stats, row
-from plures.tensors.deltas import agree, drop_by_rank, given, mixed
+from plures.tensors.deltas import agree, drop_by_rank, given, mixed, onto
 
 Array = np.ndarray[Any, Any]
 
@@ -57,4 +57,4 @@ class Della:
         width = row(part.shape)
         drop_by_rank(deltas, density, epsilon, self.rescale, width, part.seed, part.name, part.models, part.start)
         mask = agree(deltas, weights)
-        return np.asarray(part.base + np.float32(self.lambda_) * mixed(deltas, weights, self.normalize, mask))
+        return onto(part.base, mixed(deltas, weights, self.normalize, mask), self.lambda_)

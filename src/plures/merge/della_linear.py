@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.folder import method
 from plures.merge import Part, Stats, row
-from plures.tensors.deltas import drop_by_rank, given, mixed
+from plures.tensors.deltas import drop_by_rank, given, mixed, onto
 
 Array = np.ndarray[Any, Any]
 
@@ -56,5 +56,4 @@ class DellaLinear:
         density, epsilon = given(part.given, "density"), given(part.given, "epsilon")
         width = row(part.shape)
         drop_by_rank(deltas, density, epsilon, self.rescale, width, part.seed, part.name, part.models, part.start)
-        total = mixed(deltas, weights, self.normalize)
-        return np.asarray(part.base + np.float32(self.lambda_) * total)
+        return onto(part.base, mixed(deltas, weights, self.normalize), self.lambda_)

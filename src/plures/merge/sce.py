@@ -12,7 +12,7 @@ from plures.core.errors import WrongUse
 from plures.core.folder import method
 from plures.merge import Part, Stats, one
 from plures.tensors import largest
-from plures.tensors.deltas import agree, count, mixed, top_scan, top_settle
+from plures.tensors.deltas import agree, count, mixed, onto, top_scan, top_settle
 
 Array = np.ndarray[Any, Any]
 
@@ -72,7 +72,7 @@ class Sce:
         assert part.base is not None
         deltas = part.deltas()
         deltas *= largest.take(_variance(deltas), stats[1]["least"], stats[1]["left"])
-        return np.asarray(part.base + mixed(deltas, stats[2]["weights"], True, agree(deltas)))
+        return onto(part.base, mixed(deltas, stats[2]["weights"], True, agree(deltas)))
 
 
 def _variance(deltas: Array) -> Array:

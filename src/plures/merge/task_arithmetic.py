@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.folder import method
 from plures.merge import Part, Stats, one
-from plures.tensors.deltas import given, mixed
+from plures.tensors.deltas import given, mixed, onto
 
 Array = np.ndarray[Any, Any]
 
@@ -48,4 +48,4 @@ class TaskArithmetic:
         """The sum on the base."""
         assert part.base is not None
         total = mixed(part.deltas(), given(part.given, "weight"), self.normalize)
-        return np.asarray(part.base + np.float32(self.lambda_) * total)
+        return onto(part.base, total, self.lambda_)

@@ -11,7 +11,7 @@ import numpy as np
 from plures.core.folder import method
 from plures.merge import Part, Stats, one
 from plures.tensors import largest
-from plures.tensors.deltas import agree, count, given, mixed, top_scan, top_settle
+from plures.tensors.deltas import agree, count, given, mixed, onto, top_scan, top_settle
 
 Array = np.ndarray[Any, Any]
 
@@ -62,4 +62,4 @@ class Ties:
         deltas, weights = part.deltas(), given(part.given, "weight")
         deltas *= largest.take(deltas, stats[-1]["least"], stats[-1]["left"])
         mask = agree(deltas, weights)
-        return np.asarray(part.base + np.float32(self.lambda_) * mixed(deltas, weights, self.normalize, mask))
+        return onto(part.base, mixed(deltas, weights, self.normalize, mask), self.lambda_)

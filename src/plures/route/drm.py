@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Drm:
         other measures (a discriminator of domains, distances of features), which need more than predictions.
     """
 
+    reads_past: ClassVar[bool] = False
     gamma: float = 1.0
     surest: bool = False
 
@@ -46,7 +48,7 @@ class Drm:
         if self.gamma < 0:
             raise WrongUse(f"drm.gamma must be 0 or above, got {self.gamma}; 1 is usual, surest=True lets one decide")
 
-    def weigh(self, logprobs: Tensor) -> Tensor:
+    def weigh(self, logprobs: Tensor, past: Tensor) -> Tensor:
         """w, by each position's entropies."""
         H = torch.special.entr(logprobs.exp()).sum(-1)
         if self.surest:

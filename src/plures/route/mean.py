@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Mean:
         that write the next token, and their probabilities are averaged.
     """
 
-    def weigh(self, logprobs: Tensor) -> Tensor:
+    reads_past: ClassVar[bool] = False
+
+    def weigh(self, logprobs: Tensor, past: Tensor) -> Tensor:
         """1/n, for each member."""
         return torch.full_like(logprobs[..., 0], 1 / len(logprobs))

@@ -33,6 +33,8 @@ class Cover:
     Options:
         swaps: passes of improving swaps at most; 0 leaves the greedy answer, whose beginnings answer smaller budgets.
         refresh: rounds of k-medoids before the swaps, with exact cosines, where that is cheap.
+        exact: rounds of swaps by exact cosines in the place of those on the graph, where they are cheap: nearer to the
+            pool, the first round by far the most; the value and the bound are still the graph's.
         quality: weight of the scores, in [0, 1).
         score: the column of scores, scaled to [0, 1] by its range.
 
@@ -44,12 +46,13 @@ class Cover:
 
     swaps: int = 3
     refresh: int = 2
+    exact: int = 0
     quality: float = 0.0
     score: str = "quality"
     needs: ClassVar[frozenset[str]] = frozenset({"graph"})
 
     def __post_init__(self) -> None:
-        for name in ("swaps", "refresh"):
+        for name in ("swaps", "refresh", "exact"):
             if getattr(self, name) < 0:
                 raise WrongUse(f"cover.{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.quality < 1:
@@ -62,4 +65,5 @@ class Cover:
             q = pool.score(self.score)
             modular = self.quality * (q - q.min()) / max(float(np.ptp(q)), 1e-12)
         objective = Objective(pool.n, graph=pool.need("graph"), cover=1 - self.quality, modular=modular)
-        return best(pool, objective, budget, swaps=0 if self.quality else self.swaps, refresh=self.refresh)
+        swaps = 0 if self.quality else self.swaps
+        return best(pool, objective, budget, swaps=swaps, refresh=self.refresh, exact=self.exact)

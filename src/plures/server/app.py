@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,6 +21,7 @@ from plures.server import batches, openai, page
 from plures.server.batch_form import make_runner
 from plures.server.errors import Refused, install, public, shape
 from plures.server.metrics import Metrics
+from plures.server.routing import Table
 from plures.store.access import Key, Tenant
 
 MAX_BODY_BYTES = 8 << 20
@@ -106,13 +108,14 @@ class Keys:
 
 def make_app(
     desk: Desk, serving: Serving, *, open: bool = False, max_body_bytes: int = MAX_BODY_BYTES,
-    max_file_bytes: int = batches.MAX_FILE_BYTES, runner: Runner | None = None,
+    max_file_bytes: int = batches.MAX_FILE_BYTES, runner: Runner | None = None, routes: Table = MappingProxyType({}),
 ) -> Any:  # fmt: skip
-    """The public ASGI app over a fleet's desk and an engine; `runner` runs its batches, once it is started."""
+    """The public ASGI app over a fleet's desk and an engine; `runner` runs its batches, once it is started, and
+    `routes` are names that stand for several variants."""
     app = FastAPI(title="Plures", version=plures.__version__, docs_url=None, redoc_url=None)
     install(app)
     keys, metrics = Keys(desk, open), Metrics(serving)
-    app.include_router(openai.router(desk, serving, metrics, keys.tenant))
+    app.include_router(openai.router(desk, serving, metrics, keys.tenant, routes))
     runner = runner or make_runner(desk, serving, EVERYBODY if open else None)
     runner.by.spent = metrics.spent
     app.include_router(batches.router(runner, keys.tenant))

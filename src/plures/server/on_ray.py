@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from plures.core.errors import BadInput, Unreachable, WrongUse, missing
@@ -22,6 +23,7 @@ from plures.engine.limits import Settings
 from plures.engine.model import load_tokenizer
 from plures.flows.desk import Desk
 from plures.server.replicas import Replicas
+from plures.server.routing import Table
 from plures.server.run import Doors, check_open
 from plures.server.wire import Refusal, Stream
 
@@ -42,7 +44,7 @@ class OnRay:
     def __init__(
         self, fleet: str | Path, settings: Settings = Settings(), *, replicas: int = 1, threads: int = 0,
         grace_s: float = 30.0, host: str = "127.0.0.1", port: int = 8000, admin_port: int | None = None,
-        open: bool = False,
+        open: bool = False, routes: Table = MappingProxyType({}),
     ) -> None:  # fmt: skip
         check_open(host, open)
         if replicas < 1:
@@ -55,7 +57,8 @@ class OnRay:
         try:
             self.serving = Replicas(load_tokenizer(self.desk.store.base), settings.rows)
             try:
-                self._doors = Doors(self.desk, self.serving, host=host, port=port, admin_port=admin_port, open=open)
+                self._doors = Doors(self.desk, self.serving, host=host, port=port, admin_port=admin_port, open=open,
+                                    routes=routes)  # fmt: skip
             except BaseException:
                 self.serving.stop(0.0)
                 raise

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -25,6 +26,7 @@ from plures.server.answers import Answer, Asked, Prompt, asks_of, encode, prompt
 from plures.server.errors import Refused, shape
 from plures.server.job import Job, Mailbox
 from plures.server.metrics import Metrics
+from plures.server.routing import Router, Table
 from plures.server.schemas import ChatRequest, CompletionRequest
 from plures.store.access import Tenant
 
@@ -35,20 +37,25 @@ Body = TypeVar("Body", bound=BaseModel)
 WhoAsks = Callable[[Request], Tenant]
 
 
-def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIRouter:
-    """The routes under /v1."""
+def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks,
+           routes: Table = MappingProxyType({})) -> APIRouter:  # fmt: skip
+    """The routes under /v1; `routes` are names that stand for several variants."""
+    routed = Router(desk, serving, routes)
     made, dice = APIRouter(prefix="/v1"), random.Random()
     waiting = ThreadPoolExecutor(_MOST_SUBMITS, "plures-submit") if serving.waits else None
 
     @made.get("/models")
     def models(request: Request) -> dict[str, Any]:
         """The models that this key may name."""
-        return {"object": "list", "data": desk.visible(who(request))}
+        tenant = who(request)
+        return {"object": "list", "data": [*desk.visible(tenant), *routed.visible(tenant)]}
 
     @made.get("/models/{model}")
     def model(model: str, request: Request) -> dict[str, Any]:
         """One model."""
         tenant = who(request)
+        if model in routes and (seen := [m for m in routed.visible(tenant) if m["id"] == model]):
+            return seen[0]
         target = desk.resolve(model, tenant)
         if target.identity == BASE:
             return next(m for m in desk.visible(tenant) if m["id"] == model)
@@ -79,9 +86,11 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks) -> APIR
         return job
 
     async def answered(request: Request, form: type[ChatRequest] | type[CompletionRequest]) -> Any:
-        who(request)
+        tenant = who(request)
         asked = await parsed(request, form)
         prompts = [await _encoded(serving, prompt) for prompt in prompts_of(asked)]
+        if asked.model in routes:
+            asked = asked.model_copy(update={"model": await routed.choose(asked.model, tenant, prompts)})
         return await _answered(request, asked, await begin(request, asked, prompts))
 
     @made.post("/chat/completions", openapi_extra=described(ChatRequest))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -20,6 +21,7 @@ from plures.server.admin import make_admin
 from plures.server.app import EVERYBODY, make_app
 from plures.server.batch_form import make_runner
 from plures.server.keep import Keeper
+from plures.server.routing import Table
 
 
 class Server(uvicorn.Server):
@@ -37,11 +39,12 @@ class Doors:
     """
 
     def __init__(
-        self, desk: Desk, serving: Serving, *, host: str, port: int, admin_port: int | None, open: bool
+        self, desk: Desk, serving: Serving, *, host: str, port: int, admin_port: int | None, open: bool,
+        routes: Table = MappingProxyType({}),
     ) -> None:  # fmt: skip
         check_open(host, open)
         self._runner = make_runner(desk, serving, EVERYBODY if open else None)
-        self._servers = [_listen(make_app(desk, serving, open=open, runner=self._runner), host, port)]
+        self._servers = [_listen(make_app(desk, serving, open=open, runner=self._runner, routes=routes), host, port)]
         try:
             if admin_port is not None:
                 self._servers.append(_listen(make_admin(desk, serving), host, admin_port))
@@ -94,19 +97,22 @@ class Service:
         host, port: where the public API listens; port 0 takes a free one.
         admin_port: where the administration listens (0: a free one; None: nowhere).
         open: no keys; everybody who reaches the port sees every variant. Only for one's own machine.
-    Raises: WrongUse where `open` is asked for beyond the loopback; BadInput where a port is taken.
+        routes: names that stand for several variants, of which the prompt chooses one (`server.routing`).
+    Raises: WrongUse where `open` is asked for beyond the loopback, or for routes that cannot be; BadInput where a port
+        is taken.
     """
 
     def __init__(
         self, fleet: str | Path, settings: Settings = Settings(), *, host: str = "127.0.0.1", port: int = 8000,
-        admin_port: int | None = None, open: bool = False,
+        admin_port: int | None = None, open: bool = False, routes: Table = MappingProxyType({}),
     ) -> None:  # fmt: skip
         check_open(host, open)
         self.desk = Desk(Path(fleet))
         try:
             self._keeper = Keeper(self.desk, settings)
             self.engine = self._keeper.engine
-            self._doors = Doors(self.desk, self.engine, host=host, port=port, admin_port=admin_port, open=open)
+            self._doors = Doors(self.desk, self.engine, host=host, port=port, admin_port=admin_port, open=open,
+                                routes=routes)  # fmt: skip
         except BaseException:
             self.desk.close()
             raise

@@ -11,6 +11,7 @@ import numpy as np
 from plures.core.errors import WrongUse
 from plures.core.seeds import stream
 from plures.tensors import largest
+from plures.tensors.scratch import scratch
 
 Array = np.ndarray[Any, Any]
 Stats = dict[str, Array]
@@ -20,9 +21,10 @@ TINY = 1e-8
 def agree(deltas: Array, weights: Array | None = None) -> Array:
     """Which of `[m, n]` have, by weight, the sign of their sum; a sum of 0 counts as positive, zeros never."""
     weights = np.ones(len(deltas)) if weights is None else np.asarray(weights, np.float64)
-    total = np.zeros(deltas.shape[1])  # float64, for sums that nearly cancel
+    total, scaled = (scratch(f"agree {i}", deltas.shape[1], np.float64) for i in range(2))  # sums may nearly cancel
+    total[:] = 0
     for w, row in zip(weights, deltas, strict=True):
-        total += np.multiply(row, w, dtype=np.float64)
+        total += np.multiply(row, w, out=scaled, dtype=np.float64)
     up, out = total >= 0, np.zeros(deltas.shape, bool)
     for w, row, mask in zip(weights, deltas, out, strict=True):
         if w:
@@ -31,30 +33,48 @@ def agree(deltas: Array, weights: Array | None = None) -> Array:
     return out
 
 
+def changed(deltas: Array, epsilon: float) -> Array:
+    """Which of `[m, n]` are further from 0 than `epsilon`."""
+    return np.asarray(np.abs(deltas) > np.float32(epsilon))
+
+
 def mixed(deltas: Array, weights: Array, normalize: bool, mask: Array | None = None) -> Array:
     """The sum of `[m, n]` by weight, over the weights' sum where `normalize`; of those in `mask` alone, each place by
-    itself. float32 `[n]`, of which the last bit may be off."""
-    total, scaled = np.zeros(deltas.shape[1], np.float32), np.empty(deltas.shape[1], np.float32)
+    itself. float32 `[n]`, of which the last bit may be off; takes the place of the first row and uses up the others."""
+    total: Array = deltas[0]
+    for i, (w, row) in enumerate(zip(weights, deltas, strict=True)):
+        row *= np.float32(w)
+        if mask is not None:
+            row *= mask[i]
+        total += row if i else np.float32(0)  # -0 becomes 0
     if mask is None:
         size = float(weights.sum())
-        over = size if normalize and abs(size) >= TINY else 1.0
-        for w, row in zip(weights, deltas, strict=True):
-            np.multiply(row, np.float32(w), out=scaled)
-            total += scaled
-        if over != 1:
-            total /= np.float32(over)
-        return total
-    shares = np.zeros(deltas.shape[1], np.float32)
-    for w, row, m in zip(weights, deltas, mask, strict=True):
-        np.multiply(row, np.float32(w), out=scaled)
-        scaled *= m
-        total += scaled
-        if normalize:
-            shares += np.float32(w) * m
-    if normalize:
-        shares[np.abs(shares) < TINY] = 1
+        if normalize and abs(size) >= TINY and size != 1:
+            total /= np.float32(size)
+    elif normalize:
+        shares, share = (scratch(f"mixed {i}", deltas.shape[1]) for i in range(2))
+        shares[:] = 0
+        for w, of in zip(weights, mask, strict=True):
+            shares += np.multiply(of, np.float32(w), out=share)
+        shares[np.abs(shares, out=share) < TINY] = 1
         total /= shares
     return total
+
+
+def onto(base: Array, total: Array, scale: float = 1.0) -> Array:
+    """base + scale * total, float32 `[n]`; takes the place of `total`."""
+    if scale != 1:
+        total *= np.float32(scale)
+    return np.add(base, total, out=total)
+
+
+def weighed(values: Array, weights: Array) -> Array:
+    """The sum of `[m, n]` by weight in float64, float32 `[n]`; takes the place of the first row."""
+    wide = scratch("wide", values.shape, np.float64)
+    wide[:] = values
+    values[0] = np.dot(weights, wide, out=scratch("weighed", values.shape[1], np.float64))
+    out: Array = values[0]
+    return out
 
 
 def count(shape: tuple[int, ...], density: Array) -> Array:
@@ -122,11 +142,17 @@ def crumbs_settle(told: Stats, shape: tuple[int, ...], density: Array, gamma: Ar
 
     Raises: WrongUse where both are more than all differences.
     """
-    if (density + gamma > 1 + 1e-9).any() and (density < 1).any():
-        raise WrongUse(f"density {density.max():g} and gamma {gamma.max():g} are more than all there is")
+    return top_settle(told, np.concatenate(_crumb_edges(shape, density, gamma)), before)
+
+
+def _crumb_edges(shape: tuple[int, ...], density: Array, gamma: Array) -> tuple[Array, Array]:
+    """How many of the largest go, and how many largest the others that stay end at, int64 `[m]` each."""
+    if (odd := np.flatnonzero((density + gamma > 1 + 1e-9) & (density < 1))).size:
+        i = odd[0]
+        raise WrongUse(f"density '{density[i]:g}' and gamma '{gamma[i]:g}' are more than all there is: let their sum "
+                       "be at most 1")  # fmt: skip
     top = count(shape, gamma)
-    low = np.minimum(top + count(shape, density), np.prod(shape))
-    return top_settle(told, np.concatenate([top, low]), before)
+    return top, np.minimum(top + count(shape, density), np.prod(shape, dtype=np.int64))
 
 
 def crumbs(deltas: Array, stats: Stats) -> None:
@@ -135,12 +161,30 @@ def crumbs(deltas: Array, stats: Stats) -> None:
     deltas *= both[len(deltas) :] & ~both[: len(deltas)]
 
 
+def crumbs_by_row(deltas: Array, width: int, density: Array, gamma: Array) -> None:
+    """Breadcrumbs, in place, each line of `width` by itself; of equal numbers the earlier are the larger.
+
+    Raises: WrongUse where density and gamma are more than all differences.
+    """
+    earlier = np.arange(width, dtype=np.uint64)[::-1]
+    for row, top, low in zip(deltas, *_crumb_edges((width,), density, gamma), strict=True):
+        lines = row.reshape(-1, width)
+        rank = largest.bits(lines).astype(np.uint64) << np.uint64(32) | earlier  # no two are equal in a line
+        first, last = width - int(low), width - int(top) - 1
+        if first > last:
+            lines[:] = 0
+            continue
+        edges = np.partition(rank, (first, last), axis=1)
+        lines *= (rank >= edges[:, [first]]) & (rank <= edges[:, [last]])
+
+
 def products(values: Array) -> Array:
     """The inner products of the rows of `[m, n]`, float64 `[m, m]`, summed in an order that pieces do not change."""
-    m, out = len(values), np.zeros((len(values), len(values)))
+    m, out, wide = len(values), np.zeros((len(values), len(values))), scratch("wide", values.shape, np.float64)
+    wide[:] = values
     for i in range(m):
         for j in range(i, m):
-            out[i, j] = out[j, i] = float(np.dot(values[i].astype(np.float64), values[j].astype(np.float64)))
+            out[i, j] = out[j, i] = float(np.dot(wide[i], wide[j]))
     return out
 
 

@@ -11,23 +11,29 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from plures.core.errors import BadInput, DiskTrouble, WrongUse, disk, nearest
+from plures.tensors.scratch import scratch
 
 Array = np.ndarray[Any, Any]
 CHUNK = 1 << 16
 """Elements of a piece."""
+DOT = 1 << 13  # elements of a product that no library of linear algebra shares out among threads
 SHARD_BYTES = 5 * 10**9
+FLUSH_BYTES = 64 << 20
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = ("F64", "F32", "F16", "BF16")
+NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -82,28 +88,32 @@ class Weights:
 
     def raw(self, name: str, start: int, count: int) -> bytes:
         """The bytes of `count` elements from `start` on."""
+        data = bytearray(count * WIDTH[self.entries[name].kind])
+        self._fill(name, start, data)
+        return bytes(data)
+
+    def _fill(self, name: str, start: int, out: bytearray | Array) -> None:
+        """Put the bytes from the element `start` on into `out`, as many as it has."""
         e = self.entries[name]
-        width = WIDTH[e.kind]
         if e.file not in self._open:
             with disk(e.file, "read"):
                 self._open[e.file] = os.open(e.file, os.O_RDONLY)
-        data = os.pread(self._open[e.file], count * width, e.begin + start * width)
-        if len(data) != count * width:
+        if os.preadv(self._open[e.file], [out], e.begin + start * WIDTH[e.kind]) != memoryview(out).nbytes:
             raise BadInput(f"{str(e.file)!r} ends inside {name!r}; fetch the file again")
-        return data
 
     def read(self, name: str, start: int, out: Array) -> None:
         """Put the elements from `start` on into `out`, float32, as many as it has. Raises: BadInput for no floats."""
         e = self.entries[name]
-        data = self.raw(name, start, len(out))
+        if e.kind not in FLOATS:
+            raise BadInput(f"{str(e.file)!r}: {name!r} is {e.kind}, and numbers with a fraction are needed")
+        data = scratch("read", len(out), NUMPY[e.kind])
+        self._fill(name, start, data)
         if e.kind == "BF16":
             wide = out.view(np.uint32)
-            wide[:] = np.frombuffer(data, np.uint16)
+            wide[:] = data
             wide <<= 16
-        elif e.kind in FLOATS:
-            out[:] = np.frombuffer(data, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[e.kind])
         else:
-            raise BadInput(f"{str(e.file)!r}: {name!r} is {e.kind}, and numbers with a fraction are needed")
+            out[:] = data
 
 
 def _files(path: Path) -> list[Path]:
@@ -153,16 +163,26 @@ def _entries(file: Path) -> dict[str, Entry]:
     return {n: Entry(file, kind, shape, 8 + length + begin) for n, (kind, shape, begin, _) in made.items()}
 
 
-def half(values: Array) -> Array:
+def finite(values: Array) -> bool:
+    """Whether no number of `[n]`, float32, is infinite or nan."""
+    lines = values[: len(values) & -DOT].reshape(-1, DOT)
+    rest = values[lines.size :]
+    with np.errstate(all="ignore"):  # a sum of squares is the quickest look, and may overflow
+        total = np.vecdot(lines, lines).sum() + np.vecdot(rest, rest)
+    return bool(np.isfinite(total)) or bool(np.isfinite(values).all())
+
+
+def half(values: Array, out: Array | None = None) -> Array:
     """float32 as bfloat16 in uint16, to the nearest, of two equally near ones the even; nan stays nan."""
-    bits = values.view(np.uint32)
-    up = bits >> np.uint32(16)
+    bits, up = values.view(np.uint32), scratch("half", values.shape, np.uint32)
+    np.right_shift(bits, np.uint32(16), out=up)
     up &= np.uint32(1)
     up += np.uint32(0x7FFF)
     up += bits
     up >>= np.uint32(16)
-    out = up.astype(np.uint16)
-    if np.isnan(np.add.reduce(values)) and (bad := np.isnan(values)).any():
+    out = np.empty(values.shape, np.uint16) if out is None else out
+    out[...] = up
+    if not finite(values.reshape(-1)) and (bad := np.isnan(values)).any():
         out[bad] = 0x7FC0
     return out
 
@@ -181,6 +201,8 @@ class Sink:
 
     def __init__(self, part: Path, plan: Sequence[Planned], shard_bytes: int, meta: Mapping[str, str]) -> None:
         self.part, self.at, self.fds = part, dict[str, tuple[int, int, str]](), list[int]()
+        self._flushing, self._flushes = ThreadPoolExecutor(1, "flush"), list[Future[None]]()
+        self._unflushed, self._lock = dict[int, int](), Lock()
         shards = _shards(plan, shard_bytes)
         names = [SINGLE] if len(shards) == 1 else [
             f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]  # fmt: skip
@@ -210,21 +232,33 @@ class Sink:
     def write(self, name: str, start: int, values: Array) -> None:
         """Put float32 numbers at `start` of a tensor, rounded once to its dtype."""
         kind = self.at[name][2]
+        data = scratch("write", values.shape, NUMPY[kind])
         if kind == "BF16":
-            data = half(values)
+            half(values, data)
         else:
             with np.errstate(over="ignore"):
-                data = values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[kind])
-        self.raw(name, start, data.tobytes())
+                data[...] = values
+        self.raw(name, start, data)
 
-    def raw(self, name: str, start: int, data: bytes) -> None:
+    def raw(self, name: str, start: int, data: bytes | Array) -> None:
         """Put bytes at the element `start` of a tensor."""
         fd, begin, kind = self.at[name]
+        at, left = begin + start * WIDTH[kind], memoryview(data).cast("B")
         with disk(self.part):
-            os.pwrite(fd, data, begin + start * WIDTH[kind])
+            while left:
+                done = os.pwrite(fd, left, at)
+                at, left = at + done, left[done:]
+        with self._lock:
+            self._unflushed[fd] = self._unflushed.get(fd, 0) + at - begin - start * WIDTH[kind]
+            if self._unflushed[fd] >= FLUSH_BYTES:  # the disk writes while there is more to sum, not after it
+                self._unflushed[fd] = 0
+                self._flushes.append(self._flushing.submit(os.fdatasync, fd))
 
     def close(self, sync: bool) -> None:
         """Close the files, on the disk for good where `sync`."""
+        self._flushing.shutdown(cancel_futures=not sync)
+        for flushed in self._flushes if sync else ():
+            flushed.result()
         for fd in self.fds:
             if sync:
                 os.fsync(fd)
@@ -254,16 +288,7 @@ def folder(out: Path, plan: Sequence[Planned], *, copies: Sequence[Path] = (), t
     `copies` are files that come along, `texts` more files by name. Raises: WrongUse where `out` is there and holds
     something; DiskTrouble where the disk has too little room, before anything is written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WrongUse(f"{str(out)!r} is there already; name another folder, or take it away")
-    with disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        need = sum(prod(t.shape) * WIDTH[t.kind] for t in plan)
-        free = shutil.disk_usage(out.parent).free
-    if need > free:
-        raise DiskTrouble(f"{str(out)!r} needs {need:,} bytes, and the disk has {free:,} left; nothing was written")
-    _swept(out)
-    part = out.parent / f".{out.name}.{os.getpid()}-{uuid.uuid4().hex}.part"
+    part = _part(out, sum(prod(t.shape) * WIDTH[t.kind] for t in plan))
     sink: Sink | None = None
     try:
         with disk(part):
@@ -289,6 +314,39 @@ def folder(out: Path, plan: Sequence[Planned], *, copies: Sequence[Path] = (), t
         raise
 
 
+@contextmanager
+def folders(out: Path, plan: Sequence[Planned], texts: Mapping[str, Mapping[str, str]], *, copies: Sequence[Path] = (),
+            shard_bytes: int = SHARD_BYTES) -> Iterator[dict[str, Sink]]:  # fmt: skip
+    """Sinks of one plan by the names in `texts`, which become the folders `out/<name>` when the block ends: all of them
+    or none. Raises: as `folder`."""
+    part = _part(out, len(texts) * sum(prod(t.shape) * WIDTH[t.kind] for t in plan))
+    try:
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            yield {name: enter(folder(part / name, plan, copies=copies, texts=of, shard_bytes=shard_bytes))
+                   for name, of in texts.items()}  # fmt: skip
+        with disk(part):
+            if out.exists():
+                out.rmdir()
+            os.rename(part, out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _part(out: Path, need: int) -> Path:
+    """Where `out`, of so many bytes, is before it is whole. Raises: WrongUse, DiskTrouble."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WrongUse(f"{str(out)!r} is there already; name another folder, or take it away")
+    with disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+    if need > free:
+        raise DiskTrouble(f"{str(out)!r} needs {need:,} bytes, and the disk has {free:,} left; nothing was written")
+    _swept(out)
+    return out.parent / f".{out.name}.{os.getpid()}-{uuid.uuid4().hex}.part"
+
+
 def _swept(out: Path) -> None:
     """Take away what killed processes left of `out`."""
     for part in out.parent.glob(f".{out.name}.*-*.part"):
@@ -297,8 +355,9 @@ def _swept(out: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def same(models: Mapping[str, Weights], kinds: Sequence[str] = FLOATS) -> list[str]:
-    """The tensors' names, which all models have in one shape. Raises: BadInput, naming the first that differ."""
+def same(models: Mapping[str, Weights], free: Collection[str] = ()) -> list[str]:
+    """The tensors' names, which all models have in one shape, those in `free` but for their rows. Raises: BadInput,
+    naming the first that differ."""
     first, *others = models.items()
     for label, other in others:
         if lost := sorted(set(first[1].entries) ^ set(other.entries)):
@@ -307,7 +366,8 @@ def same(models: Mapping[str, Weights], kinds: Sequence[str] = FLOATS) -> list[s
             near = nearest(name, models[lacks].entries)
             raise BadInput(f"{name!r} is in {has!r} and not in {lacks!r}: they are not of one shape.{near}")
         for name, entry in first[1].entries.items():
-            if other.entries[name].shape != entry.shape:
+            at = 1 if name in free else 0
+            if other.entries[name].shape[at:] != entry.shape[at:]:
                 shapes = list(entry.shape), list(other.entries[name].shape)
                 raise BadInput(f"{name!r} is {shapes[0]} in {first[0]!r} and {shapes[1]} in {label!r}: they are not of "
                                "one shape")  # fmt: skip

@@ -1,0 +1,191 @@
+"""The models of a merging recipe as they are read, in pieces: folders, adapters upon them, and variants of fleets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plures.core.errors import BadInput, disk
+from plures.flows.merge_recipe import FLEET, Model, Recipe
+from plures.tensors.rebasin import read_turned
+from plures.tensors.weights import Weights
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA's share of a model's weights: `scale * B A` of `factors[tensor] = (B, A)`, of as many rows as are read."""
+
+    scale: float
+    factors: dict[str, tuple[Array, Array]]
+
+    def add(self, name: str, start: int, out: Array) -> None:
+        """Add the adapter's share to the elements from `start` on."""
+        if name not in self.factors:
+            return
+        B, A = self.factors[name]
+        width = A.shape[1]
+        first, last = start // width, (start + len(out) - 1) // width + 1
+        rows = (self.scale * B[first:last].astype(np.float64) @ A).reshape(-1)
+        out += rows[start - first * width : start - first * width + len(out)].astype(np.float32)
+
+
+def read_lora(path: str) -> Lora:
+    """The LoRA of an adapter folder. Raises: BadInput for what is no plain LoRA."""
+    at = Path(path)
+    with disk(at / "adapter_config.json", "read"):
+        config = json.loads((at / "adapter_config.json").read_text(encoding="utf-8"))
+    odd = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices",
+                       "fan_in_fan_out") if config.get(k)]  # fmt: skip
+    if config.get("peft_type") != "LORA" or odd:
+        what = ", ".join(odd) or config.get("peft_type")
+        raise BadInput(f"{path!r} is no plain LoRA ({what}); merge it into its base first with plures export")
+    rank, factors = config["r"], dict[str, tuple[Array, Array]]()
+    with Weights(at / "adapter_model.safetensors") as held:
+        sides: dict[str, dict[str, Array]] = {}
+        for name, entry in held.entries.items():
+            site, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
+            out = np.empty(entry.size, np.float32)
+            held.read(name, 0, out)
+            sides.setdefault(f"{site}.weight", {})[side[0]] = out.reshape(entry.shape)
+    for name, both in sides.items():
+        if set(both) != {"A", "B"}:
+            raise BadInput(f"{path!r}: {name!r} lacks one of its factors")
+        factors[name] = both["B"], both["A"]
+    return Lora(config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank), factors)
+
+
+@dataclass(frozen=True)
+class Fleets:
+    """What a fleet has under a reference: its base's folder, and of a variant its factors, the whole parameters that
+    were trained beside them, and its version (`support@3`; "" for the base)."""
+
+    folder: Path
+    version: str = ""
+    lora: Lora | None = None
+    extra: dict[str, Array] | None = None
+
+
+def of_fleet(fleet: str, ref: str) -> Fleets:
+    """The base of a fleet, or a variant upon it.
+
+    Raises: BadInput where the base's weights are others than the fleet was made for; WrongUse for a variant without
+        low-rank factors; what opening and resolving raise.
+    """
+    from plures.bridges.on_model import as_lora  # which, and what follows, import torch
+    from plures.engine.model import fingerprint, locate
+    from plures.flows.extract import layout
+    from plures.store import Store
+
+    with Store.open(Path(fleet)) as store:
+        base = store.base
+        folder = locate(base.name, base.revision)
+        if base.hash and fingerprint(folder) != base.hash:
+            raise BadInput(f"base {base.name!r} is not the one that {fleet!r} was made for: its weights have changed")
+        if not ref:
+            return Fleets(folder)
+        version = store.resolve(ref)
+        variant = as_lora(store.load(version.ref))
+    sites, turned = layout(base)
+    options, factors = variant.options, dict[str, tuple[Array, Array]]()
+    for site in variant.sites:
+        key, own = f"{site.name}.weight", variant.own[site.name]
+        if key not in sites:
+            raise BadInput(f"{version.ref!r} adapts {site.name!r}, which its base has not")
+        B, A = own["B"].float().numpy(), own["A"].float().numpy()
+        factors[key] = (np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)) if key in turned else (B, A)
+    scale = float(options["alpha"]) / (options["r"] ** 0.5 if options.get("rslora") else options["r"])
+    extra = {k: t.float().numpy().reshape(-1) for k, t in variant.extra.items()}
+    return Fleets(folder, version.ref, Lora(scale, factors), extra)
+
+
+class Source:
+    """A model of the recipe: its weights, and what is upon them. `fleet` and `version` are of a fleet's variant."""
+
+    def __init__(self, model: Model) -> None:
+        self.name, self.fleet, self.version = model.name, Path(), ""
+        self.loras, self.extra = list[Lora](), dict[str, Array]()
+        self.turned: dict[str, tuple[int, Array]] = {}  # tensors read in another order: the axis, and what comes where
+        fleet, _, ref = model.path.partition(FLEET)
+        if ref or (Path(fleet) / "fleet.db").exists():
+            told = of_fleet(fleet, ref)
+            self.folder, self.fleet, self.version = told.folder, Path(fleet).resolve(), told.version
+            self.loras, self.extra = [told.lora] if told.lora else [], told.extra or {}
+        else:
+            self.folder = local(model.path)
+        if model.lora:
+            self.loras.append(read_lora(model.lora))
+        self.weights = Weights(self.folder)
+        changed = {*self.extra, *(name for lora in self.loras for name in lora.factors)}
+        if lost := sorted(changed - set(self.weights.entries)):
+            raise BadInput(f"{model.lora or model.path!r} adapts {lost[0]!r}, which its model has not; it is of "
+                           "another base")  # fmt: skip
+
+    def ranks(self) -> dict[str, int]:
+        """Of every tensor that is adapted, the rank of what is added to it."""
+        out: dict[str, int] = {}
+        for lora in self.loras:
+            for name, (_, A) in lora.factors.items():
+                out[name] = out.get(name, 0) + len(A)
+        return out
+
+    def read(self, name: str, start: int, out: Array) -> None:
+        """The elements from `start` on, as float32."""
+        if name in self.turned:
+            shape = self.weights.entries[name].shape
+            read_turned(partial(self._as_stored, name), shape, self.turned[name], start, out)
+        else:
+            self._as_stored(name, start, out)
+
+    def _as_stored(self, name: str, start: int, out: Array) -> None:
+        if name in self.extra:
+            out[:] = self.extra[name][start : start + len(out)]
+        else:
+            self.weights.read(name, start, out)
+        for lora in self.loras:
+            lora.add(name, start, out)
+
+    def text(self, file: str) -> dict[str, Any]:
+        """A JSON file of the folder; {} where there is none."""
+        return read_json(self.folder / file)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; {} where there is none. Raises: BadInput where it cannot be read."""
+    if not path.exists():
+        return {}
+    with disk(path, "read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        said: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{str(path)!r} is no JSON: {error}") from error
+    return said
+
+
+def local(path: str) -> Path:
+    """A model's folder here: the path itself, or what the hub has under that id."""
+    if Path(path).exists():
+        return Path(path)
+    from plures.engine.model import locate  # which imports torch
+
+    return locate(path)
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[dict[str, Source]]:
+    """The models of a recipe, by name."""
+    with ExitStack() as stack:
+        found = {}
+        for model in recipe.sources():
+            found[model.name] = source = Source(model)
+            stack.callback(source.weights.close)
+        yield found

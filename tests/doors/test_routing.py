@@ -1,0 +1,124 @@
+"""A name that stands for several variants, over HTTP: who answers, by the prompt's posterior, and who may ask."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fakes import FakeServing, last, served
+from openai import OpenAI
+
+import plures
+from plures.core.errors import WrongUse
+from plures.engine.ask import Ask, Piece
+from plures.engine.limits import Settings
+from plures.flows.desk import Desk
+from plures.server.app import make_app
+from plures.server.routing import Routed, Router, read_routes
+from plures.server.run import Service
+
+PROMPTS = ["The parcel", "A garden near", "Zq 17 !", "engine engine", "Why", "the window of a bicycle", "x = 3;"]
+
+
+@pytest.fixture(scope="module")
+def service(trained_fleet: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    fleet = Path(shutil.copytree(trained_fleet, tmp_path_factory.mktemp("routed") / "acme.fleet"))
+    table = read_routes(["desk=vera,base,mos", "sure=vera:1e-30,base:1,mos:1e-30"])
+    small = Settings(rows=8, kv_tokens=4096, slots=8, bank_bytes=1 << 24)
+    with Service(fleet, small, port=0, open=True, routes=table) as made:
+        yield made
+
+
+def test_the_most_probable_member_answers(service: Service, trained_fleet: Path) -> None:
+    with plures.Fleet(trained_fleet) as fleet:
+        want = fleet.together(["vera", None, "mos"]).posterior(PROMPTS)
+    who = ["vera@1", "base", "mos@1"]
+    best = [who[max(range(3), key=w.__getitem__)] for w in want]
+    assert len(set(best)) > 1  # or the test would show nothing
+    with OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=30) as ai:
+        for prompt, member in zip(PROMPTS, best, strict=True):
+            asked: dict[str, Any] = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+            got, direct = (ai.completions.create(model=m, **asked) for m in ("desk", member))
+            assert (got.model, got.choices[0].text) == (member, direct.choices[0].text)
+            assert ai.completions.create(model="sure", **asked).model == "base"
+        talk: Any = [{"role": "user", "content": "The parcel broke. Why?"}]
+        chat = ai.chat.completions.create(model="desk", messages=talk, max_tokens=6, temperature=0)
+        stream = list(ai.chat.completions.create(model="desk", messages=talk, max_tokens=6, temperature=0, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in stream) == chat.choices[0].message.content
+        assert stream[0].model == chat.model in who
+        listed = {m.id: m for m in ai.models.list()}
+        assert {"desk", "sure", "mos", "base"} <= set(listed) and ai.models.retrieve("desk") == listed["desk"]
+        with pytest.raises(openai.BadRequestError, match="send them one by one"):
+            ai.completions.create(model="desk", prompt=["a", "b"])
+        with pytest.raises(openai.BadRequestError):
+            ai.completions.create(model="desk", prompt="word " * 400)
+
+
+def weighing(nats: dict[str, float]) -> Any:
+    """A script by which each variant makes so much of a prompt, and answers with what it is."""
+
+    def script(ask: Ask) -> list[Piece]:
+        if ask.weighed:
+            return [Piece(finish="stop", n_prompt=len(ask.tokens), nats=nats[ask.variant])]
+        return [Piece((7,), ask.variant or "base"), last(1, len(ask.tokens))]
+
+    return script
+
+
+def test_only_who_sees_all_members_sees_the_name(two_desk: Desk) -> None:
+    of = {name: two_desk.store.resolve(name).identity for name in ("mos", "lora")}
+    engine = FakeServing(weighing({of["mos"]: -5.0, of["lora"]: -4.0, "": -9.0}))
+    table = {"desk": Routed(("mos", "lora"), (1.0, 1.0)), "lean": Routed(("mos", "lora"), (9.0, 1.0))}
+    keys = {t: two_desk.access.make_key(t, "me")[1] for t in ("acme", "rival")}
+    with served(make_app(two_desk, engine, routes=table)) as address:
+
+        def post(model: str, tenant: str) -> httpx.Response:
+            body, head = {"model": model, "prompt": "Hi", "max_tokens": 4}, {"authorization": f"Bearer {keys[tenant]}"}
+            return httpx.post(f"{address}/v1/completions", json=body, headers=head)
+
+        assert post("desk", "acme").json()["model"] == "lora@1"  # e^-4 against e^-5
+        assert post("lean", "acme").json()["model"] == "mos@1"  # 9 e^-5 against e^-4
+        said = post("desk", "rival")
+        assert said.status_code == 404 and "'desk'" in said.text and "mos" not in said.text and "lora" not in said.text
+        assert post("nobody", "acme").status_code == 404
+        for tenant, sees in (("acme", True), ("rival", False)):
+            head = {"authorization": f"Bearer {keys[tenant]}"}
+            listed = {m["id"] for m in httpx.get(f"{address}/v1/models", headers=head).json()["data"]}
+            assert ({"desk", "lean"} <= listed) == sees == bool({"desk", "lean"} & listed)
+            found = httpx.get(f"{address}/v1/models/desk", headers=head)
+            assert found.status_code == (200 if sees else 404)
+        assert all(a.tenant in ("acme", "rival") for a in engine.asks) and sum(a.weighed for a in engine.asks) == 4
+
+
+def test_a_member_that_cannot_read_the_prompt_is_told(two_desk: Desk) -> None:
+    engine = FakeServing(lambda ask: [Piece(finish="error", error="its blob is damaged")])
+    key = two_desk.access.make_key("acme", "me")[1]
+    with served(make_app(two_desk, engine, routes={"desk": Routed(("mos", "lora"), (1.0, 1.0))})) as address:
+        said = httpx.post(f"{address}/v1/completions", json={"model": "desk", "prompt": "Hi"},
+                          headers={"authorization": f"Bearer {key}"})  # fmt: skip
+    assert said.status_code == 503 and "damaged" in said.text
+
+
+def test_routes_are_read() -> None:
+    assert read_routes(["desk=a,b@prod,base", "two=a:0.7,b:.3"]) == {
+        "desk": Routed(("a", "b@prod", "base"), (1.0, 1.0, 1.0)), "two": Routed(("a", "b"), (0.7, 0.3))}  # fmt: skip
+    for wrong, why in (
+        (["desk"], "no name with members"), (["desk="], "no name with members"), (["desk=a,"], "no name with members"),
+        (["desk=a"], "at least two members"), (["desk=a,a"], "at least two members"), (["d/k=a,b"], "not allowed"),
+        (["desk=a:0,b"], "a prior is a number above 0"), (["desk=a:x,b"], "a prior is a number above 0"),
+        (["desk=a,b", "desk=b,c"], "is there twice"), (["base=a,b"], "is the base's name"),
+    ):  # fmt: skip
+        with pytest.raises(WrongUse, match=why):
+            read_routes(wrong)
+
+
+def test_a_table_that_cannot_be_is_told_at_the_start(two_desk: Desk) -> None:
+    for table, why in (({"mos": Routed(("lora", "base"), (1.0, 1.0))}, "has the name of a variant"),
+                       ({"desk": Routed(("lora", "nobody"), (1.0, 1.0))}, "nobody")):  # fmt: skip
+        with pytest.raises(WrongUse, match=why):
+            Router(two_desk, FakeServing(), table)
