@@ -99,7 +99,7 @@ def measured(fleet: Mapping[str, Factors], name: str, options: Mapping[str, Any]
 
 
 def guarded(fleet: Mapping[str, Factors], told: Mapping[str, Any]) -> dict[str, Any]:
-    """klt at an error of 0.1, and finer where less than `LEAST` of the gain is left, as `plures pack --held-out` does."""
+    """klt at 0.1, and finer where less than `LEAST` of the gain is left, as `plures pack --held-out` does."""
     sites, names = sites_of(fleet), sorted(fleet)
     packers = [packs.make("klt", error=e, expect=MANY) for e in FINER]
     shared = packers[0].fit(lambda: (fleet[n] for n in names), sites)

@@ -107,7 +107,7 @@ def test_every_door_reads_packed_variants(fleet: Path, packed: tuple[Path, Any],
     with plures.Fleet(fleet) as was, plures.Fleet(out) as now:
         rows = [{"text": "the cat sat on the mat and the dog"}] * 2
         a, b, base = was.score("l0", rows).loss, now.score("l0", rows).loss, was.score(None, rows).loss
-        assert abs(a - b) < 0.1 * abs(base - a) + 1e-3 and abs(base - a) > 1e-3
+        assert abs(a - b) < 0.2 * abs(base - a) + 1e-3 and abs(base - a) > 1e-3
         assert len(now.generate([("l0", "the cat"), (None, "the cat"), ("mos", "a")], max_tokens=3)) == 3
         folder = now["l0"].export(tmp_path / "peft", "lora")
         assert now.bring_in(folder, "again").version.method == "lora"
@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused(fleet: Path, packed: tuple[Path, Any], tmp_pa
         load(PackRecipe, {"fleet": str(fleet), "pakc": {}})
     with pytest.raises(PluresError, match=r"'kltt'\. Did you mean 'klt'"):
         pack(recipe(fleet, tmp_path / "x", pack={"method": "kltt"}))
-    with pytest.raises(WrongUse, match=r"dead = 0\.1, not 0\.2"):
+    with pytest.raises(WrongUse, match=r"dead = 0\.0, not 0\.2"):
         pack(recipe(fleet, packed[0], pack={"method": "klt", "dead": 0.2}))
     with pytest.raises(WrongUse, match="by klt, not by svd"):
         pack(recipe(fleet, packed[0], pack={"method": "svd"}))

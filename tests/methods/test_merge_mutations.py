@@ -29,13 +29,13 @@ Mutant = tuple[str, str, str]
 DELTAS, LARGEST, SPHERE = "plures.tensors.deltas", "plures.tensors.largest", "plures.tensors.sphere"
 MORE: Mutant = (f"{DELTAS}:count", "np.round(density * n, 9))", "np.round(density * n, 9)) + 1")
 LESS: Mutant = (f"{DELTAS}:count", "np.floor(np.round(density * n, 9))", "np.floor(np.maximum(density * n - 1, 0))")
-EQUAL: Mutant = (f"{LARGEST}:take", "b > least[i]", "b >= least[i]")
+EQUAL: Mutant = (f"{LARGEST}:take", "np.greater(b, edge", "np.greater_equal(b, edge")
 LATER: Mutant = (f"{LARGEST}:take", "[: left[i]]", "[-left[i] :]")
-BIN: Mutant = (f"{LARGEST}:find", "bins + 1]", "bins]")
+BIN: Mutant = (f"{LARGEST}:find", "above[at - 1] if at else 0", "above[at]")
 TOP = [MORE, LESS, EQUAL, LATER, BIN]
 SHIFTED: Mutant = (f"{DELTAS}:given", "of[name]", "np.roll(of[name], 1)")
 OVER: Mutant = (f"{DELTAS}:mixed", "weights.sum()", "weights[1:].sum()")
-SHARES: Mutant = (f"{DELTAS}:mixed", "shares = np.zeros", "shares = np.ones")
+SHARES: Mutant = (f"{DELTAS}:mixed", "shares[:] = 0", "shares[:] = 1")
 PLACE: Mutant = (f"{DELTAS}:uniform", "np.arange(start, start + n", "np.arange(start + 1, start + n + 1")
 KEPT: Mutant = (f"{DELTAS}:drop", "zip(deltas, density,", "zip(deltas, np.roll(density, 1),")
 OTHERS: Mutant = (f"{DELTAS}:drop", "row /= keep", "row /= 1 - keep")

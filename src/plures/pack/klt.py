@@ -15,7 +15,7 @@ from torch import Tensor
 from plures.core.errors import BadInput, WrongUse
 from plures.core.folder import method
 from plures.pack import Factors, Fleet
-from plures.tensors.basis import FIRST, MOST_STRENGTH, cells, choose, moments, norm, octaves
+from plures.tensors.basis import FIRST, MOST_STRENGTH, cells, choose, moments, norm, octaves, sampled
 from plures.tensors.coding import Reader, Writer, counted, tables
 from plures.tensors.gauge import Gauged, gauged, missed
 from plures.tensors.pieces import checked
@@ -29,6 +29,7 @@ FINE = 32  # steps a variant may choose among, in an octave
 WIDEST = 24 * FINE  # how far from the usual step a variant's is looked for
 HEAD = struct.Struct("<HhB")  # ranks, step, lift
 LIFT = 256
+MOST_GAIN = 2.0
 EPS = 1e-30
 
 
@@ -50,6 +51,10 @@ class Klt:
     what lies below the step costs almost nothing. How large a number will be is foreseen by its singular value and its
     eigenvalue; by that it has one of 29 tables of the entropy coder, which the fleet shares.
 
+    Small numbers are mostly rounded to 0, so others are put back larger, class by class: times sum x^2 / sum x n, at
+    most 2, so that what comes back projects onto what was there whole. Means of bins have a smaller error and less of
+    every weak direction, by which variants lose more of their gain.
+
         ||delta - decoded|| <= error ||delta||      Frobenius, over all sites of a variant: its step is searched for it
 
     A basis vector is kept where it saves more bits than its 8 bits a number cost. The rest of the space is what
@@ -67,7 +72,7 @@ class Klt:
 
     error: float = 0.1
     expect: int = 0
-    dead: float = 0.1
+    dead: float = 0.0
     even: float = 0.5
 
     def __post_init__(self) -> None:
@@ -76,7 +81,7 @@ class Klt:
         if self.expect < 0:
             raise WrongUse(f"klt.expect must be at least 0, got {self.expect}; 0 is as many as there are")
         if not 0 <= self.dead < 0.5:
-            raise WrongUse(f"klt.dead must be from 0 and below 0.5, got {self.dead}; 0.1 suits most fleets")
+            raise WrongUse(f"klt.dead must be from 0 and below 0.5, got {self.dead}; 0 suits most fleets")
         if not 0 <= self.even <= 1:
             raise WrongUse(f"klt.even must be from 0 to 1, got {self.even}")
 
@@ -85,7 +90,7 @@ class Klt:
 
         Raises: BadInput for a fleet of nothing but zeros.
         """
-        sample, norms, sizes = _sample(fleet, sites)
+        sample, norms, sizes = sampled(fleet, sites, SAMPLE)
         weight = np.maximum(sizes / sizes.max(), 2.0**-7) ** self.even
         shared = {"weight": torch.from_numpy(np.round(FINE * np.log2(weight)).astype(np.int16))}
         plain = Coder(self, sites, shared)
@@ -154,7 +159,7 @@ class Coder:
             self.spread.append(spread)
         self.usual = shared["usual"].numpy().astype(np.int32) if "usual" in shared else np.zeros((len(sites), 0))
         self.start = float(shared["start"]) if "start" in shared else math.log2(of.error) * FINE
-        self.bins = shared["bins"].numpy().astype(np.float32) if "bins" in shared else None
+        self.gains = shared["gains"].numpy().astype(np.float32) if "gains" in shared else None
         if "counts" in shared:
             self.tables = tables(shared["counts"].numpy(), [2 * _most(c) + 2 for c in range(LOW, TOP + 1)])
             (self.rest,) = tables(shared["strengths"].numpy(), [len(shared["strengths"])])
@@ -181,7 +186,7 @@ class Coder:
             numbers = [n * (c > 0)[..., None] for n in numbers]
             classes = [np.clip(c[..., None] - FIRST + np.stack([self.spread[2 * i + side] for i in at])[:, None], LOW,
                                MOST_STRENGTH).astype(np.int8) for side in (0, 1)]  # fmt: skip
-            back = [_back(n, k, self.bins) for n, k in zip(numbers, classes, strict=True)]
+            back = [_back(n, k, self.gains) for n, k in zip(numbers, classes, strict=True)]
             rows = [x[1] / scale[..., None] for x in (exact, back)]
             sums += np.stack(missed(exact[0], rows[0], back[0], rows[1])) @ size[:, 0] ** 2
             whole += float((s**2).sum())
@@ -293,7 +298,7 @@ class Coder:
                 high = reader.take(len(run), self.tables[c - 4 * bits - LOW])
                 numbers[run] = (high << bits) | reader.take_plain(len(run), bits) if bits else high
         reader.end()
-        values = _back(numbers, classes, self.bins)
+        values = _back(numbers, classes, self.gains)
         out, at = {}, 0
         for i, site in enumerate(self.sites):
             sides = []
@@ -326,14 +331,10 @@ def _rounded(x: Array, dead: float) -> Array:
     return np.asarray(np.sign(x) * np.floor(np.abs(x) + np.float32(0.5 - dead)), np.int32)
 
 
-def _back(numbers: Array, classes: Array, bins: Array | None) -> Array:
-    """The values, over the step, that whole numbers stand for: the means of their bins."""
+def _back(numbers: Array, classes: Array, gains: Array | None) -> Array:
+    """The values, over the step, that whole numbers stand for: each times the gain of its class."""
     values = numbers.astype(np.float32)
-    if bins is None:
-        return values
-    size = np.abs(numbers)
-    short = bins[np.minimum(classes, TOP) - LOW, np.clip(size - 1, 0, 1)]
-    return np.asarray(values - np.sign(values) * np.where(size > 0, short, 0))
+    return values if gains is None else np.asarray(values * gains[np.minimum(classes, TOP) - LOW])
 
 
 def _shift(c: int) -> int:
@@ -349,23 +350,6 @@ def _most(c: int) -> int:
 # ---------------------------------------------------------------------- fitting
 
 
-def _sample(fleet: Fleet, sites: Sequence[Site]) -> tuple[list[list[Gauged]], list[float], Array]:
-    """The first variants in the one form, the norms of all, and the sites' root mean squares of relative norms."""
-    sample, norms = list[list[Gauged]](), list[float]()
-    sizes, at = np.zeros(len(sites)), {s.name: i for i, s in enumerate(sites)}
-    for factors in fleet():
-        forms = gauged(factors)
-        norms.append(norm(forms))
-        if norms[-1] > 0:
-            for g in forms:
-                sizes[[at[n] for n in g.names]] += g.s.square().sum(1).numpy() / norms[-1] ** 2
-            if len(sample) < SAMPLE:
-                sample.append(forms)
-    if not sample:
-        raise BadInput("all variants of the fleet are zero: there is nothing to pack")
-    return sample, norms, np.sqrt(sizes)
-
-
 def _stacked(found: Sequence[_Rounded]) -> Array:
     """The strengths of variants, `[variants, sites, r]`, 0 where a variant has fewer ranks."""
     ranks = max(f.strengths.shape[1] for f in found)
@@ -373,26 +357,33 @@ def _stacked(found: Sequence[_Rounded]) -> Array:
 
 
 def _tables(coder: Coder, sample: Sequence[Sequence[Gauged]]) -> dict[str, Tensor]:
-    """Tables of strengths and of every class, where in their bins numbers are, and a step to begin with."""
+    """The classes' gains; by these, tables of strengths and of every class, and a step to begin with."""
+    numbers, classes, exact, _, _ = _all(coder, sample)
+    gains = np.ones(TOP - LOW + 1)
+    for c in range(LOW, TOP + 1):
+        mine = np.minimum(classes, TOP) == c
+        energy, along = (float((exact[mine] * of[mine]).sum()) for of in (exact, numbers))
+        few = 16 * 2.0 ** (c / 2)  # as of 16 numbers with a gain of 1, so that a handful decides nothing
+        gains[c - LOW] = min(max((energy + few) / (along + few), 1.0), MOST_GAIN)
+    coder.gains = gains.astype(np.float16).astype(np.float32)
+    numbers, classes, _, strengths, steps = _all(coder, sample)  # steps are finer now
+    usual = np.round(strengths.mean(0)).astype(np.int16)
+    bits = np.maximum(0, -(-(classes.astype(np.int32) - TOP) // 4))
+    counts = []
+    for c in range(LOW, TOP + 1):
+        told = counted((numbers >> bits)[classes - 4 * bits == c], _most(c))
+        told[1:] += np.round(32 * cells(2 ** (c / 4), _most(c))).astype(np.int32)
+        counts.append(told)
+    start = np.mean([step - FINE * math.log2(norm(g)) for g, step in zip(sample, steps, strict=True)])
+    rest = counted((strengths - usual).reshape(-1), 32) + 1
+    return {"usual": torch.from_numpy(usual), "strengths": torch.from_numpy(rest),
+            "counts": torch.from_numpy(np.concatenate(counts)), "gains": torch.from_numpy(gains).to(torch.float16),
+            "start": torch.tensor(start, dtype=torch.float32)}  # fmt: skip
+
+
+def _all(coder: Coder, sample: Sequence[Sequence[Gauged]]) -> tuple[Array, Array, Array, Array, list[int]]:
+    """Of variants at their steps the numbers, classes and exact values in one line, the strengths, and the steps."""
     steps = [coder.step_of(g) for g in sample]
     found = [coder.rounded(g, step) for g, step in zip(sample, steps, strict=True)]
-    numbers, classes, exact = (np.concatenate([getattr(f, k) for f in found]) for k in ("numbers", "classes", "exact"))
-    strengths = _stacked(found)
-    usual = np.round(strengths.mean(0)).astype(np.int16)
-    counts, bins = [], np.zeros((TOP - LOW + 1, 2), np.float32)
-    reduced = classes - 4 * np.maximum(0, -(-(classes.astype(np.int32) - TOP) // 4))
-    high = numbers >> np.maximum(0, -(-(classes.astype(np.int32) - TOP) // 4))
-    for c in range(LOW, TOP + 1):
-        foreseen = 32 * cells(2 ** (c / 4), _most(c))
-        told = counted(high[reduced == c], _most(c))
-        counts.append(np.concatenate([told[:1], told[1:] + np.round(foreseen)]).astype(np.int32))
-        mine = np.minimum(classes, TOP) == c
-        size = np.abs(numbers[mine])
-        for i, inside in enumerate((size == 1, size > 1)):
-            short = size[inside] - np.abs(exact[mine][inside])
-            bins[c - LOW, i] = short.sum() / (len(short) + 16)
-    start = np.mean([step - FINE * math.log2(norm(g)) for g, step in zip(sample, steps, strict=True)])
-    return {"usual": torch.from_numpy(usual), "strengths": torch.from_numpy(counted(
-                (strengths - usual).reshape(-1), 32) + 1),
-            "counts": torch.from_numpy(np.concatenate(counts)), "bins": torch.from_numpy(bins).to(torch.float16),
-            "start": torch.tensor(start, dtype=torch.float32)}  # fmt: skip
+    line = (np.concatenate([getattr(f, k) for f in found]) for k in ("numbers", "classes", "exact"))
+    return *line, _stacked(found), steps

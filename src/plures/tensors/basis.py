@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plures.core.errors import BadInput
 from plures.tensors.gauge import Gauged, gauged
 from plures.tensors.site import Site
 
@@ -29,6 +30,23 @@ def octaves(share: float | Array) -> Any:
 def norm(forms: Sequence[Gauged]) -> float:
     """The Frobenius norm of a delta, over all sites."""
     return math.sqrt(sum(float(g.s.double().square().sum()) for g in forms))
+
+
+def sampled(fleet: Fleet, sites: Sequence[Site], most: int) -> tuple[list[list[Gauged]], list[float], Array]:
+    """The first `most` variants in the one form, the norms of all, and the sites' root mean squares of relative norms."""
+    sample, norms = list[list[Gauged]](), list[float]()
+    sizes, at = np.zeros(len(sites)), {s.name: i for i, s in enumerate(sites)}
+    for factors in fleet():
+        forms = gauged(factors)
+        norms.append(norm(forms))
+        if norms[-1] > 0:
+            for g in forms:
+                sizes[[at[n] for n in g.names]] += g.s.square().sum(1).numpy() / norms[-1] ** 2
+            if len(sample) < most:
+                sample.append(forms)
+    if not sample:
+        raise BadInput("all variants of the fleet are zero: there is nothing to pack")
+    return sample, norms, np.sqrt(sizes)
 
 
 def moments(fleet: Fleet, sites: Sequence[Site], norms: Sequence[float]) -> Iterator[Tensor]:
