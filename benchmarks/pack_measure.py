@@ -32,7 +32,7 @@ from plures.tensors.site import Site, natural
 MANY = 10_000
 WAYS: list[tuple[str, dict[str, Any]]] = [
     ("rtn", {"bits": 8}), ("rtn", {"bits": 4}), ("rtn", {"bits": 4, "form": "given"}), ("rtn", {"bits": 3}),
-    ("svd", {"rank": 4}), ("jd", {"k": 32, "bits": 6}), ("kmeans", {}),
+    ("svd", {"rank": 4}), ("jd", {"k": 32, "bits": 6}), ("rvq", {}),
     *(("klt", {"error": e}) for e in (0.05, 0.1, 0.15, 0.2, 0.3)),
 ]  # fmt: skip
 LEAST, FINER = 0.985, (0.1, 0.05, 0.025)

@@ -21,7 +21,7 @@ FINE = {  # coarse to fine
     "rtn": [{"bits": 2}, {"bits": 4}, {"bits": 8}],
     "svd": [{"error": 0.5}, {"error": 0.2}, {"error": 0.02, "bits": 8}],
     "jd": [{"k": 4, "bits": 8}, {"k": 8, "bits": 8}, {"k": 24}],
-    "kmeans": [{"shards": 8, "codewords": 32, "stages": n} for n in (1, 2, 5)],
+    "rvq": [{"shards": 8, "codewords": 32, "stages": n} for n in (1, 2, 5)],
 }
 KINDS = ("random", "shared", "trained")
 PLANTED = 6  # dimensions of the subspace of a shared fleet

@@ -16,7 +16,7 @@ from plures.tensors.site import Site
 
 every = pytest.mark.parametrize("name", list(FINE))
 bounded = pytest.mark.parametrize("name", [n for n in FINE if n != "jd"])  # jd loses what its basis lacks
-WITHIN = {"klt": 0.02, "rtn": 0.02, "svd": 0.03, "kmeans": 0.45}  # of the finest options, on any variant
+WITHIN = {"klt": 0.02, "rtn": 0.02, "svd": 0.03, "rvq": 0.45}  # of the finest options, on any variant
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_fleet_whose_variants_have_unlike_ranks(name: str) -> None:
 def test_a_high_rank(name: str) -> None:
     wide = [Site("m.layers.0.q", 320, 300)]
     variant = fleet("random", 1, 290, wide)[0]
-    options = FINE[name][-1] | ({"shards": 64} if name == "kmeans" else {})
+    options = FINE[name][-1] | ({"shards": 64} if name == "rvq" else {})
     assert errors(fitted(name, fleet("random", 2, 4, wide), wide, **options), [variant])[0] < 0.45
 
 
@@ -262,7 +262,7 @@ def test_numbers_that_are_not_finite(name: str, bad: float, codecs: dict[str, An
         codecs[name].encode(variant)
 
 
-@pytest.mark.parametrize("name", ["klt", "jd", "kmeans"])
+@pytest.mark.parametrize("name", ["klt", "jd", "rvq"])
 def test_what_is_shared_must_be_of_the_sites(name: str) -> None:
     packer = packs.make(name, **FINE[name][0])
     shared = packer.fit(lambda: iter(fleet("shared")), SITES)
@@ -280,8 +280,8 @@ def test_what_is_shared_must_be_of_the_sites(name: str) -> None:
         ("rtn", {"group": -1}, "at least 0"), ("rtn", {"form": "odd"}, "'one' | 'given'"),
         ("svd", {"rank": -1}, "at least 0"), ("svd", {"error": 1.0}, "below 1"), ("svd", {"bits": 16}, "from 2 to 8"),
         ("jd", {"k": 0}, "from 1 to"), ("jd", {"bits": 9}, "or 16"), ("jd", {"iterations": 0}, "at least 1"),
-        ("kmeans", {"shards": 0}, "shards must be at least 1"), ("kmeans", {"stages": 0}, "stages must be at least 1"),
-        ("kmeans", {"codewords": 1}, "from 2 to 65536"), ("klt", {"error": 0.001}, "from 0.005"),
+        ("rvq", {"shards": 0}, "shards must be at least 1"), ("rvq", {"stages": 0}, "stages must be at least 1"),
+        ("rvq", {"codewords": 1}, "from 2 to 65536"), ("klt", {"error": 0.001}, "from 0.005"),
         ("klt", {"error": 1.0}, "below 1"), ("klt", {"expect": -1}, "at least 0"), ("klt", {"dead": 0.5}, "below 0.5"),
         ("klt", {"even": 1.5}, "from 0 to 1"),
     ],

@@ -10,7 +10,7 @@ import torch
 
 from packed import KINDS, PLANTED, SITES, Variant, dense, error, errors, fitted, fleet
 from plures.pack import packs
-from plures.pack.kmeans import lloyd, nearest
+from plures.pack.rvq import lloyd, nearest
 from plures.tensors.gauge import gauged
 from plures.tensors.rng import normal, rng
 from plures.tensors.site import Site
@@ -180,12 +180,12 @@ def test_jd_loses_less_at_more_bits() -> None:
     assert all(finer < 0.7 * coarse for coarse, finer in zip(lost, lost[1:], strict=False))  # noqa: RUF007
 
 
-# ---------------------------------------------------------------------- kmeans
+# ---------------------------------------------------------------------- rvq
 
 
-def test_kmeans_takes_the_nearest_codeword_of_each_stage() -> None:
+def test_rvq_takes_the_nearest_codeword_of_each_stage() -> None:
     variants = fleet("random", 6)
-    codec = fitted("kmeans", variants, shards=5, codewords=20, stages=3)
+    codec = fitted("rvq", variants, shards=5, codewords=20, stages=3)
     decoded = codec.decode(codec.encode(variants[0]))
     for site in SITES:
         U, s, V = np.linalg.svd(dense(variants[0])[site.name], full_matrices=False)
@@ -204,7 +204,7 @@ def test_kmeans_takes_the_nearest_codeword_of_each_stage() -> None:
                 np.testing.assert_allclose(found, flat * (flat @ row) / (flat @ flat), atol=2e-3)
 
 
-def test_kmeans_finds_shards_that_repeat() -> None:
+def test_rvq_finds_shards_that_repeat() -> None:
     g = torch.Generator().manual_seed(2)
     words = torch.randn(2, 12, 8, generator=g)
     sites = [Site("m.layers.0.q", 32, 32)]
@@ -213,7 +213,7 @@ def test_kmeans_finds_shards_that_repeat() -> None:
         rows = [words[side][torch.randint(12, (4,), generator=g)].reshape(1, 32) for side in (0, 1)]
         return {sites[0].name: (rows[0].T.contiguous(), rows[1])}
 
-    codec = fitted("kmeans", [variant() for _ in range(200)], sites, shards=4, codewords=512, stages=2)
+    codec = fitted("rvq", [variant() for _ in range(200)], sites, shards=4, codewords=512, stages=2)
     new = [variant() for _ in range(5)]
     assert max(errors(codec, new)) < 0.1
     assert len(codec.encode(new[0])) == 3 + 2 * (3 + 9)  # 8 numbers of 9 bits a side

@@ -385,5 +385,5 @@ def _all(coder: Coder, sample: Sequence[Sequence[Gauged]]) -> tuple[Array, Array
     """Of variants at their steps the numbers, classes and exact values in one line, the strengths, and the steps."""
     steps = [coder.step_of(g) for g in sample]
     found = [coder.rounded(g, step) for g, step in zip(sample, steps, strict=True)]
-    line = (np.concatenate([getattr(f, k) for f in found]) for k in ("numbers", "classes", "exact"))
-    return *line, _stacked(found), steps
+    numbers, classes, exact = (np.concatenate([getattr(f, k) for f in found]) for k in ("numbers", "classes", "exact"))
+    return numbers, classes, exact, _stacked(found), steps

@@ -32,7 +32,7 @@ Kind = tuple[str, int, int]  # the linear's type, 0 for B and 1 for A, the row's
     "Wide rows need more shards: a shard has one number a stage whatever its width.",
 )
 @dataclass(frozen=True)
-class Kmeans:
+class Rvq:
     """Each row of `sqrt(s) U`, `sqrt(s) V` is its scale times shards, each the sum of one codeword of every stage.
 
         row = scale * [sum_j C_j[n_1j], ..., sum_j C_j[n_lj]]       C_j [codewords, width / shards], n the numbers kept
@@ -59,9 +59,9 @@ class Kmeans:
     def __post_init__(self) -> None:
         for key in ("shards", "stages"):
             if getattr(self, key) < 1:
-                raise WrongUse(f"kmeans.{key} must be at least 1, got {getattr(self, key)}")
+                raise WrongUse(f"rvq.{key} must be at least 1, got {getattr(self, key)}")
         if not 2 <= self.codewords <= 1 << 16:
-            raise WrongUse(f"kmeans.codewords must be from 2 to 65536, got {self.codewords}; 256 is a byte each")
+            raise WrongUse(f"rvq.codewords must be from 2 to 65536, got {self.codewords}; 256 is a byte each")
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """The codebooks of all kinds; goes over the fleet twice.
@@ -89,7 +89,7 @@ class Kmeans:
         out = torch.zeros(self.stages, self.codewords, -(-kind[2] // self.shards))
         for j in range(self.stages if shards is not None else 0):
             assert shards is not None
-            out[j] = lloyd(shards, self.codewords, rng(self.seed, "kmeans", *kind, j)).half().float()
+            out[j] = lloyd(shards, self.codewords, rng(self.seed, "rvq", *kind, j)).half().float()
             shards = shards - out[j][nearest(shards, out[j])[0]]
         return out.reshape(-1)
 
@@ -104,7 +104,7 @@ class Kmeans:
 class Coder:
     """Codes variants of some sites with the fleet's codewords."""
 
-    def __init__(self, of: Kmeans, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
+    def __init__(self, of: Rvq, sites: Sequence[Site], shared: Mapping[str, Tensor]) -> None:
         self.of, self.sites = of, tuple(sites)
         self.bits = math.ceil(math.log2(of.codewords))
         kinds = _kinds(sites)
