@@ -79,6 +79,14 @@ def test_the_margin_rises_on_rows_and_held_out_rows(recipe: Make, share: str) ->
     assert done.outcome.score.told() == kept
 
 
+def test_rows_that_are_scored_on_too_have_their_reference(recipe: Make) -> None:
+    file = recipe().data.train
+    done = train(recipe("data.held_out_share=0", f"data.held_out={file}", "train.eval_every=6"))
+    first, scored = events(done.run, "step")[0], events(done.run, "eval")
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3) and abs(first["margin"]) < 1e-4
+    assert scored[-1]["nats_per_pair"] < 0.6931
+
+
 def test_both_forms_train_to_the_same_variant_but_for_rounding(recipe: Make) -> None:
     names = [train(recipe(f"name=share-{s}", f"loss.share_prefix={s}")).version.ref for s in ("true", "false")]
     with Store.open(Path(recipe().fleet)) as store:

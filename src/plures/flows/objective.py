@@ -125,7 +125,8 @@ class Pairs:
 
         rows, weights = counting(rows, recipe.data.weight)
         self.train, self.held = batches(rows, weights), batches(held) if held else None
-        self.by_rows = {rows.fingerprint: self.train} | ({held.fingerprint: self.held} if held and self.held else {})
+        self.parts = [(rows.fingerprint, self.train)]  # two of one fingerprint, where the rows are scored on, too
+        self.parts += [(held.fingerprint, self.held)] if held and self.held else []
 
     def __len__(self) -> int:
         return len(self.train)
@@ -138,14 +139,14 @@ class Pairs:
         autocast = self.recipe.train.autocast
         path = folder / "reference.safetensors"
         known = safe.read(path) if path.exists() else {}
-        missing = [rows for rows in self.by_rows if rows not in known]
+        missing = {rows: batches for rows, batches in self.parts if rows not in known}
         if missing:
             with _before_training(model, started=bool(self.recipe.start.variant)):
-                for batches in (b for b in self.by_rows.values() if b.shared):
+                for batches in (b for _, b in self.parts if b.shared):
                     check_shared(model, batches, autocast)
-                known |= {rows: log_probs(model, self.by_rows[rows], autocast) for rows in missing}
+                known |= {rows: log_probs(model, batches, autocast) for rows, batches in missing.items()}
             safe.write(path, known)
-        for rows, batches in self.by_rows.items():
+        for rows, batches in self.parts:
             if known[rows].shape != batches.reference.shape:
                 raise BadInput(f"{str(path)!r} is of other rows; remove it to compute it anew")
             batches.reference = known[rows]

@@ -33,7 +33,7 @@ def norm(forms: Sequence[Gauged]) -> float:
 
 
 def sampled(fleet: Fleet, sites: Sequence[Site], most: int) -> tuple[list[list[Gauged]], list[float], Array]:
-    """The first `most` variants in the one form, the norms of all, and the sites' root mean squares of relative norms."""
+    """The first `most` variants in the one form, the norms of all, and of every site the size of its relative norms."""
     sample, norms = list[list[Gauged]](), list[float]()
     sizes, at = np.zeros(len(sites)), {s.name: i for i, s in enumerate(sites)}
     for factors in fleet():
