@@ -205,9 +205,9 @@ and short trainings: differences of a few hundredths say little.
 {table(said)}
 
 "Ahead" says in how many merges a method kept more than the plain mean, by over 0.001. `exact sum` is that of
-`plures merge a=1 b=1`, by the variants' factors; it is at most {apart:.1e} bits per byte from `sum`, which adds up whole weights. The mean
-cosine of the variants' differences to the base is {low:.3f} to {high:.3f} over the merges; at 0 they stand at right
-angles.
+`plures merge a=1 b=1`, by the variants' factors; it is at most {apart:.1e} bits per byte from `sum`, which adds up
+whole weights. The mean cosine of the variants' differences to the base is {low:.3f} to {high:.3f} over the merges; at 0
+they stand at right angles.
 
 {by_tenant(said)}
 

@@ -343,6 +343,17 @@ def select_flow(said: dict[str, Any], brief: bool) -> str:
     )
 
 
+def select_many(said: dict[str, Any], brief: bool) -> str:
+    """A pool of many millions; in brief nothing."""
+    if brief:
+        return ""
+    return (f"{said['pool_rows']:,} rows of {said['d']} numbers in Parquet files, {said['rows']:,} chosen by `cover` "
+            f"from cells of 200,000 within a quota: {said['cpu_s']:,.0f} CPU s of one thread (planned "
+            f"{said['planned_s']:,.0f}), {said['peak_mb']:,.0f} MB at most (planned {said['planned_mb']:,.0f}); "
+            f"{said['distinct']:,} distinct rows, coverage {said['coverage']:.4f}, of random rows "
+            f"{said['coverage_random']:.4f}.")  # fmt: skip
+
+
 def merge_speed(said: dict[str, Any], brief: bool) -> str:
     """Merging beside mergekit; in brief nothing."""
     if brief:
@@ -631,6 +642,7 @@ BENCHMARKS = (
     ("serve_fair", "Serving: fairness between tenants", "benchmarks/serve_fair.py", serve_fair),
     ("select_rows", "Choosing rows beside other libraries", "benchmarks/select_rows.py", select_rows),
     ("select_flow", "Choosing rows from file to file", "benchmarks/select_flow.py", select_flow),
+    ("select_many", "Choosing from millions of rows", "benchmarks/select_many.py", select_many),
     ("select_helps", "Whether choosing helps", "benchmarks/select_helps.py", select_helps),
     ("merge_speed", "Merging beside mergekit", "benchmarks/merge_speed.py", merge_speed),
     ("merge_lowrank", "Sums and extraction of LoRAs", "benchmarks/merge_lowrank.py", merge_lowrank),

@@ -191,7 +191,7 @@ def test_variants_that_share_their_factors_cost_almost_nothing(
             own = {s: {k: torch.randn(t.shape, generator=g) if k == "R" else t for k, t in leaves.items()}
                    for s, leaves in one.own.items()}  # fmt: skip
             f.store.publish(replace(one, own=own), f"x{i}")
-    done = pack(recipe(tmp_path / "xs.fleet", tmp_path / "out"))
+        done = f.pack(tmp_path / "out")
     assert {line.how for line in done.lines} == {"klt"}
     assert sum(line.n_bytes for line in done.lines) / 24 < 300 and max(line.error for line in done.lines) <= 0.1
 

@@ -22,7 +22,8 @@ from plures.engine.model import empty_base, linear_names, load_base, reference
 from plures.engine.together import Together
 from plures.flows.evolve import Evolved, evolve
 from plures.flows.evolve import Score as Scorer
-from plures.flows.recipes import DataPart, EvolveRecipe, LoopPart, TrainRecipe
+from plures.flows.pack import Packed, pack
+from plures.flows.recipes import DataPart, EvolveRecipe, LoopPart, PackRecipe, TrainRecipe
 from plures.flows.train import device, on_device, pad_id, train
 from plures.route import make as make_route
 from plures.store import Store, Version
@@ -133,6 +134,14 @@ class Fleet:
         variant = read_folder(Path(folder), self.store.base, linear_names(base), whole)
         variant = variant.with_provenance(imported_from=str(folder), **_counted(variant))
         return FleetVariant(self, self.store.publish(variant, name, aliases=aliases))
+
+    def pack(self, out: str | Path = "", **settings: Any) -> Packed:
+        """Put the variants in fewer bytes into another fleet (beside this one where `out` is not said).
+
+        `settings` are keys of `plures recipe pack`: `pack={"error": 0.05}`, `held_out=…`, `refit=…`.
+        Raises: RecipeErrors for an unknown setting or a wrong value, all at once; as `plures.flows.pack.pack`.
+        """
+        return pack(load(PackRecipe, {"fleet": str(self.path), "out": str(out), **settings}, where="pack"))
 
     def publish(self, model: Any, name: str, *, adapter: str = "default", aliases: Sequence[str] = (),
                 **facts: Any) -> FleetVariant:  # fmt: skip

@@ -18,7 +18,7 @@ from plures.flows.pack_score import Scorer
 from plures.flows.recipes import PackRecipe
 from plures.pack import Codec, Factors, Packer, packs
 from plures.store import Store, Version
-from plures.store.unpack import CODE, GROUP, METHOD, as_plain, codec_of
+from plures.store.unpack import GROUP, METHOD, as_plain, codec_of
 from plures.tensors import safe
 from plures.tensors.gauge import difference, singular_values
 from plures.tensors.site import Site, natural
@@ -184,7 +184,7 @@ def _shared(into: Store, name: str, options: Mapping[str, Any]) -> tuple[dict[st
         return None, []
     last = max(every, key=lambda v: v.created)
     asked, had = ({k: v for k, v in o.items() if k not in ("error", "expect")} for o in
-                  (options_now(name, options), last.options["options"]))  # fmt: skip
+                  (_options(packs.make(name, **options)), last.options["options"]))  # fmt: skip
     if asked != had:
         odd = next(k for k in asked if asked[k] != had.get(k))
         raise WrongUse(f"the variants in {str(into.path)!r} are packed with {odd} = {had.get(odd)}, not {asked[odd]}; "
@@ -195,9 +195,9 @@ def _shared(into: Store, name: str, options: Mapping[str, Any]) -> tuple[dict[st
     return {"sites": list(variant.sites), "shared": shared}, [b for b in bits if b]
 
 
-def options_now(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _options(packer: Any) -> dict[str, Any]:
     """All options of a packer, as its manifest says them."""
-    return asdict(packs.make(name, **options))
+    return {k: getattr(packer, k) for k in options_of(type(packer))}
 
 
 class _Work:
@@ -247,7 +247,7 @@ def _one(work: _Work, into: Store, version: Version, packer: Packer, found: dict
     tries: list[tuple[str, Packer]] = []
     if exact is not None and found is not None:
         finer = "error" in options_of(type(packer))
-        tries = [(name, _finer(packer, share)) for share in (FINER if finer and work.scorer else FINER[:1])]
+        tries = [(name, _finer(name, packer, share)) for share in (FINER if finer and work.scorer else FINER[:1])]
         tries.append(("rtn", packs.make("rtn", bits=8)))
     for how, way in tries:
         assert exact is not None and found is not None
@@ -272,11 +272,11 @@ def _one(work: _Work, into: Store, version: Version, packer: Packer, found: dict
     return _publish(into, version, work.source.load(version.ref, packed=True), line, work)
 
 
-def _finer(packer: Packer, share: float) -> Packer:
+def _finer(name: str, packer: Packer, share: float) -> Any:
     if share == 1:
         return packer
-    said: dict[str, Any] = {k: getattr(packer, k) for k in options_of(type(packer))}
-    return packs.make(packer.card.name, **{**said, "error": max(said["error"] * share, 0.005)})  # type: ignore[attr-defined]
+    said = _options(packer)
+    return packs.make(name, **{**said, "error": max(said["error"] * share, 0.005)})
 
 
 def _coded(variant: Variant, name: str, packer: Packer, sites: Sequence[Site], shared: Mapping[str, Any],
@@ -284,7 +284,7 @@ def _coded(variant: Variant, name: str, packer: Packer, sites: Sequence[Site], s
     """The variant that a store holds in place of `variant`."""
     code = packer.codec(sites, shared).encode(exact)
     whole = torch.frombuffer(bytearray(safe.to_bytes(shared)), dtype=torch.uint8)
-    options = {"packer": name, "options": {k: getattr(packer, k) for k in options_of(type(packer))}}
+    options = {"packer": name, "options": _options(packer)}
     return Variant(METHOD, options, variant.base, tuple(sites), {s.name: GROUP for s in sites},
                    {s.name: {} for s in sites}, {GROUP: {"code": code, "shared": whole}}, variant.extra)  # fmt: skip
 
@@ -341,5 +341,3 @@ def _compare(work: _Work, ways: Mapping[str, tuple[str, dict[str, Any]]]) -> tup
                             sum(errors) / len(errors)))  # fmt: skip
     return tuple(out)
 
-
-__all__ = ["CODE", "Compared", "Line", "Packed", "pack", "plan"]
