@@ -125,12 +125,13 @@ def nats_per_token(model: Any, ids: Tensor) -> float:
 
 
 @torch.inference_mode()
-def score(factors: Mapping[str, Factors], customers: Iterable[str] | None = None) -> dict[str, float]:
+def score(factors: Mapping[str, Factors], customers: Iterable[str] | None = None,
+          rows: slice = slice(SCORED_ROWS)) -> dict[str, float]:  # fmt: skip
     """Held-out nats per token of each customer, with its own `B A` added to the base's weights at its sites.
 
     `factors[customer][site]` is `(B [out, any rank], A [any rank, into])` on the CPU; a site that is not named stays
-    the base's, so `{name: {}}` scores the base. `customers`: only these. The sum is in float32. Rows, order and
-    batches are always the same; threads are torch's.
+    the base's, so `{name: {}}` scores the base. `customers`: only these; `rows` of their text. The sum is in float32. Order
+    and batches are always the same; threads are torch's.
 
     Raises: WrongUse for a customer without held-out text or factors, a site that the base lacks, or other shapes.
     """
@@ -147,7 +148,7 @@ def score(factors: Mapping[str, Factors], customers: Iterable[str] | None = None
         for name in names:
             for site, module in modules.items():
                 module.use(_moved(module.W, site, factors[name].get(site)))
-            out[name] = nats_per_token(base, text[name][:SCORED_ROWS])
+            out[name] = nats_per_token(base, text[name][rows])
     finally:
         for module in modules.values():
             module.use(module.W)

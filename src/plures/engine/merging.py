@@ -73,11 +73,12 @@ def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False) 
             continue
         n = min(step, size - start)
         here, below = scratch("values", (len(job.reads), n)), scratch("base", n)
-        for model, read, row in zip(job.models, job.reads, here, strict=True):
+        for read, row in zip(job.reads, here, strict=True):
             read(start, row)
-            if not trusted and not finite(row):
-                bad = start + int(np.flatnonzero(~np.isfinite(row))[0])
-                raise BadInput(f"{model!r}: {job.name!r} has {row[bad - start]} at element {bad}; mend the model first")
+        if not trusted and not finite(here.reshape(-1)):
+            model, row = next((m, r) for m, r in zip(job.models, here, strict=True) if not finite(r))
+            bad = int(np.flatnonzero(~np.isfinite(row))[0])
+            raise BadInput(f"{model!r}: {job.name!r} has {row[bad]} at element {start + bad}; mend the model first")
         if job.base is not None:
             job.base(start, below)
         yield Part(job.name, job.shape, start, here, below if job.base is not None else None, job.given, job.models,
@@ -112,12 +113,7 @@ def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
         for part in parts(jobs[0], trusted=turn > 0):
             last = [part]
             for i in those:
-                found = cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i])
-                for key, value in found.items():
-                    if key in told[i]:
-                        told[i][key] += value
-                    else:
-                        told[i][key] = value
+                _add(told[i], cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i]))
         for part in last:
             for i in those:
                 method, of = cast(Scanner, jobs[i].method), replace(part, given=jobs[i].given)
@@ -134,9 +130,20 @@ def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
     return _compare(jobs[0], looked)
 
 
+def _add(told: dict[str, Array], found: Stats) -> None:
+    """Add up what a pass learns. (Counts of a piece are short, their sums are not.)"""
+    for key, value in found.items():
+        if key in told:
+            told[key] += value
+        else:
+            told[key] = value.astype(np.int64) if value.dtype == np.int32 else value
+
+
 def _for(job: Job, part: Part, many: int) -> Part:
     """A piece for one of several results: with its own numbers, which a method may use up."""
-    return replace(part, values=part.values.copy(), given=job.given) if many > 1 else replace(part, given=job.given)
+    if many == 1 and part.given is job.given:
+        return part
+    return replace(part, values=part.values.copy() if many > 1 else part.values, given=job.given)
 
 
 def _compare(job: Job, merged: Sequence[Mapping[int, Array]]) -> list[Told]:
@@ -144,11 +151,11 @@ def _compare(job: Job, merged: Sequence[Mapping[int, Array]]) -> list[Told]:
     m, n = len(job.reads), 0
     gram, conflict, lengths, mean_length = np.zeros((m, m)), 0, [0.0] * len(merged), 0.0
     for part in parts(job, merged[0], trusted=True):
-        mean, origin = scratch("means", (2, part.values.shape[1]), np.float64)
+        mean, origin = scratch("b", (2, part.values.shape[1]), np.float64)
         np.add.reduce(part.values, 0, np.float64, mean)
         mean /= m
         origin[:] = mean if part.base is None else part.base
-        deltas = scratch("wide", part.values.shape, np.float64)
+        deltas = scratch("a", part.values.shape, np.float64)
         deltas[:] = part.values
         deltas -= origin
         gram += deltas @ deltas.T
@@ -168,7 +175,7 @@ def _compare(job: Job, merged: Sequence[Mapping[int, Array]]) -> list[Told]:
 
 def _apart(a: Array, b: Array) -> float:
     """The square of the distance of two pieces."""
-    wide = scratch("apart", a.shape, np.float64)
+    wide = scratch("a", a.shape, np.float64)
     wide[:] = a
     wide -= b
     return float(np.square(wide, out=wide).sum())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from plures.core.errors import BadInput, WrongUse, nearest
 from plures.core.folder import options_of
@@ -26,6 +27,7 @@ from plures.flows.merge_sources import Source, opened, read_json
 from plures.flows.merge_sweep import points
 from plures.flows.merge_tokens import Tokens, is_table, tokens
 from plures.merge import Merger, merges
+from plures.tensors.scratch import keep_pages
 from plures.tensors.weights import FLOATS, WIDTH, Planned, Sink, folder, folders, same
 
 Array = np.ndarray[Any, Any]
@@ -309,7 +311,9 @@ def _merge(recipe: Recipe, out: Path, seed: int, workers: int, say: Say) -> list
             def run(of: tuple[Job, ...]) -> list[Told]:
                 return merging.merge_all(of, [partial(sink.write, of[0].name) for sink in sinks.values()])
 
-            with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as threads:
+            many = workers or min(4, os.cpu_count() or 1)
+            keep_pages()
+            with threadpool_limits(1, "blas"), ThreadPoolExecutor(many) as threads:
                 told = list(threads.map(run, zip(*made.values(), strict=True)))
     seconds = time.monotonic() - began
     return [_merged(out / k, some, [t[i] for t in told], planned.write_bytes // len(made), seconds)

@@ -26,7 +26,7 @@ from plures.tensors.variant import Variant
 
 Say = Callable[[str], None]
 DRIFT = 1.2  # times as many bits as variants took that the pack was fitted to
-FINER = (1.0, 0.5, 0.25)  # of the error that was asked for, where the score falls short
+FINER = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the error that was asked for, where the score falls short
 COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("rtn", {"bits": 8}), "int4": ("rtn", {"bits": 4}), "svd": ("svd", {}),
 }  # fmt: skip

@@ -59,8 +59,7 @@ class BreadcrumbsTies:
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
         """Histograms of the differences' magnitudes, for both edges."""
-        deltas = part.deltas()
-        return top_scan(np.concatenate([deltas, deltas]), before)
+        return top_scan(part.deltas(), before)
 
     def settle(self, told: Stats, part: Part, before: list[Stats]) -> Stats:
         """Where each model is cut above and below."""

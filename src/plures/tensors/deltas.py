@@ -21,7 +21,7 @@ TINY = 1e-8
 def agree(deltas: Array, weights: Array | None = None) -> Array:
     """Which of `[m, n]` have, by weight, the sign of their sum; a sum of 0 counts as positive, zeros never."""
     weights = np.ones(len(deltas)) if weights is None else np.asarray(weights, np.float64)
-    total, scaled = (scratch(f"agree {i}", deltas.shape[1], np.float64) for i in range(2))  # sums may nearly cancel
+    total, scaled = scratch("a", (2, deltas.shape[1]), np.float64)  # for sums that nearly cancel
     total[:] = 0
     for w, row in zip(weights, deltas, strict=True):
         total += np.multiply(row, w, out=scaled, dtype=np.float64)
@@ -52,7 +52,7 @@ def mixed(deltas: Array, weights: Array, normalize: bool, mask: Array | None = N
         if normalize and abs(size) >= TINY and size != 1:
             total /= np.float32(size)
     elif normalize:
-        shares, share = (scratch(f"mixed {i}", deltas.shape[1]) for i in range(2))
+        shares, share = scratch("b", (2, deltas.shape[1]))
         shares[:] = 0
         for w, of in zip(weights, mask, strict=True):
             shares += np.multiply(of, np.float32(w), out=share)
@@ -70,9 +70,9 @@ def onto(base: Array, total: Array, scale: float = 1.0) -> Array:
 
 def weighed(values: Array, weights: Array) -> Array:
     """The sum of `[m, n]` by weight in float64, float32 `[n]`; takes the place of the first row."""
-    wide = scratch("wide", values.shape, np.float64)
+    wide = scratch("a", values.shape, np.float64)
     wide[:] = values
-    values[0] = np.dot(weights, wide, out=scratch("weighed", values.shape[1], np.float64))
+    values[0] = np.dot(weights, wide, out=scratch("b", values.shape[1], np.float64))
     out: Array = values[0]
     return out
 
@@ -138,7 +138,7 @@ def drop_by_rank(deltas: Array, density: Array, epsilon: Array, rescale: bool, w
 
 
 def crumbs_settle(told: Stats, shape: tuple[int, ...], density: Array, gamma: Array, before: list[Stats]) -> Stats:
-    """Where Breadcrumbs cut above (gamma of the largest) and below (density of the next); scans are of deltas twice.
+    """Where Breadcrumbs cut above (gamma of the largest) and below (density of the next): `[2 m]`, first all above.
 
     Raises: WrongUse where both are more than all differences.
     """
@@ -157,7 +157,7 @@ def _crumb_edges(shape: tuple[int, ...], density: Array, gamma: Array) -> tuple[
 
 def crumbs(deltas: Array, stats: Stats) -> None:
     """Breadcrumbs, in place: what lies between the two cuts stays."""
-    both = largest.take(np.concatenate([deltas, deltas]), stats["least"], stats["left"])
+    both = largest.take(deltas, stats["least"], stats["left"])
     deltas *= both[len(deltas) :] & ~both[: len(deltas)]
 
 
@@ -180,7 +180,7 @@ def crumbs_by_row(deltas: Array, width: int, density: Array, gamma: Array) -> No
 
 def products(values: Array) -> Array:
     """The inner products of the rows of `[m, n]`, float64 `[m, m]`, summed in an order that pieces do not change."""
-    m, out, wide = len(values), np.zeros((len(values), len(values))), scratch("wide", values.shape, np.float64)
+    m, out, wide = len(values), np.zeros((len(values), len(values))), scratch("a", values.shape, np.float64)
     wide[:] = values
     for i in range(m):
         for j in range(i, m):

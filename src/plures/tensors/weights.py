@@ -28,7 +28,6 @@ from plures.tensors.scratch import scratch
 Array = np.ndarray[Any, Any]
 CHUNK = 1 << 16
 """Elements of a piece."""
-DOT = 1 << 13  # elements of a product that no library of linear algebra shares out among threads
 SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 64 << 20
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -89,16 +88,16 @@ class Weights:
     def raw(self, name: str, start: int, count: int) -> bytes:
         """The bytes of `count` elements from `start` on."""
         data = bytearray(count * WIDTH[self.entries[name].kind])
-        self._fill(name, start, data)
+        self._fill(name, start, memoryview(data))
         return bytes(data)
 
-    def _fill(self, name: str, start: int, out: bytearray | Array) -> None:
+    def _fill(self, name: str, start: int, out: memoryview) -> None:
         """Put the bytes from the element `start` on into `out`, as many as it has."""
         e = self.entries[name]
         if e.file not in self._open:
             with disk(e.file, "read"):
                 self._open[e.file] = os.open(e.file, os.O_RDONLY)
-        if os.preadv(self._open[e.file], [out], e.begin + start * WIDTH[e.kind]) != memoryview(out).nbytes:
+        if os.preadv(self._open[e.file], [out], e.begin + start * WIDTH[e.kind]) != out.nbytes:
             raise BadInput(f"{str(e.file)!r} ends inside {name!r}; fetch the file again")
 
     def read(self, name: str, start: int, out: Array) -> None:
@@ -107,7 +106,7 @@ class Weights:
         if e.kind not in FLOATS:
             raise BadInput(f"{str(e.file)!r}: {name!r} is {e.kind}, and numbers with a fraction are needed")
         data = scratch("read", len(out), NUMPY[e.kind])
-        self._fill(name, start, data)
+        self._fill(name, start, data.data)
         if e.kind == "BF16":
             wide = out.view(np.uint32)
             wide[:] = data
@@ -165,16 +164,12 @@ def _entries(file: Path) -> dict[str, Entry]:
 
 def finite(values: Array) -> bool:
     """Whether no number of `[n]`, float32, is infinite or nan."""
-    lines = values[: len(values) & -DOT].reshape(-1, DOT)
-    rest = values[lines.size :]
-    with np.errstate(all="ignore"):  # a sum of squares is the quickest look, and may overflow
-        total = np.vecdot(lines, lines).sum() + np.vecdot(rest, rest)
-    return bool(np.isfinite(total)) or bool(np.isfinite(values).all())
+    return bool(np.isfinite(np.dot(values, values)) or np.isfinite(values).all())  # quick, and may overflow
 
 
 def half(values: Array, out: Array | None = None) -> Array:
     """float32 as bfloat16 in uint16, to the nearest, of two equally near ones the even; nan stays nan."""
-    bits, up = values.view(np.uint32), scratch("half", values.shape, np.uint32)
+    bits, up = values.view(np.uint32), scratch("b", values.shape, np.uint32)
     np.right_shift(bits, np.uint32(16), out=up)
     up &= np.uint32(1)
     up += np.uint32(0x7FFF)
@@ -238,9 +233,9 @@ class Sink:
         else:
             with np.errstate(over="ignore"):
                 data[...] = values
-        self.raw(name, start, data)
+        self.raw(name, start, data.data)
 
-    def raw(self, name: str, start: int, data: bytes | Array) -> None:
+    def raw(self, name: str, start: int, data: bytes | memoryview) -> None:
         """Put bytes at the element `start` of a tensor."""
         fd, begin, kind = self.at[name]
         at, left = begin + start * WIDTH[kind], memoryview(data).cast("B")
