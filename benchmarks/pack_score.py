@@ -130,8 +130,8 @@ def score(factors: Mapping[str, Factors], customers: Iterable[str] | None = None
     """Held-out nats per token of each customer, with its own `B A` added to the base's weights at its sites.
 
     `factors[customer][site]` is `(B [out, any rank], A [any rank, into])` on the CPU; a site that is not named stays
-    the base's, so `{name: {}}` scores the base. `customers`: only these; `rows` of their text. The sum is in float32. Order
-    and batches are always the same; threads are torch's.
+    the base's, so `{name: {}}` scores the base. `customers`: only these; `rows`: of their text. The sum is in float32.
+    Order and batches are always the same; threads are torch's.
 
     Raises: WrongUse for a customer without held-out text or factors, a site that the base lacks, or other shapes.
     """

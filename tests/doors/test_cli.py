@@ -223,6 +223,17 @@ def test_rows_are_rated(ok: Any, say: Said, parsed: Any, base_folder: Path, text
     assert code == 2 and "'v'" in err
 
 
+def test_tasks_train_together(ok: Any, parsed: Any, base_folder: Path, text_rows: Path, tmp_path: Path) -> None:
+    ok("init", "acme.fleet", "--base", str(base_folder))
+    lines = [json.loads(line) for line in text_rows.read_text().splitlines()]
+    rows = "".join(json.dumps(row | {"who": ("x", "y")[i % 2]}) + "\n" for i, row in enumerate(lines))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    said = ["data.train=rows.jsonl", "fleet=acme.fleet", "name=t", "tasks.key=who", *QUICK]
+    assert ok("train", *said).split() == ["t-x@1", "t-y@1"]
+    told = parsed("train", *said, "name=u")
+    assert [t["version"] for t in told] == ["u-x@1", "u-y@1"] and told[0]["bits_per_byte"] > 0
+
+
 def test_shards_answer_together_and_forget(
     ok: Any, parsed: Any, base_folder: Path, text_rows: Path, tmp_path: Path
 ) -> None:

@@ -155,6 +155,29 @@ def test_new_variants_are_added_and_none_that_is_there_changes(
     assert [line.ref for line in refit.lines] == ["l1@2", "l2@2"]
 
 
+def test_a_run_that_was_stopped_goes_on(
+    fleet: Path, packed: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, publish, calls = tmp_path / "packed.fleet", Store.publish, list[str]()
+
+    def stopped(self: Store, variant: Any, name: str, **more: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return publish(self, variant, name, **more)
+
+    monkeypatch.setattr(Store, "publish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pack(recipe(fleet, out, pack={"method": "klt", "error": 0.1}))
+    monkeypatch.undo()
+    more = pack(recipe(fleet, out, pack={"method": "klt", "error": 0.1}))
+    assert more.there == 2 and len(more.lines) == 4
+    with Store.open(out) as into, Store.open(packed[0]) as whole:
+        assert into.fsck().problems == ()
+        mine, theirs = ({v.ref: v.identity for v in s.versions()} for s in (into, whole))
+        assert mine.items() <= theirs.items() and len(mine) == 6  # the same bytes as in one go
+
+
 def test_a_variant_that_loses_too_much_is_packed_finer_or_kept(fleet: Path, tmp_path: Path, text_rows: Path) -> None:
     rows = tmp_path / "l0.jsonl"
     rows.write_text(text_rows.read_text())

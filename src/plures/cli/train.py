@@ -31,6 +31,7 @@ def command(
     loaded = load(TrainRecipe, source, [r for r in recipe if "=" in r], where=files[0] if files else "train")
     from plures.flows import train as flow
     from plures.flows.shards import train_shards
+    from plures.flows.tasks import train_tasks
 
     many = loaded.shards.count
     if plan:
@@ -45,7 +46,10 @@ def command(
     from plures.cli.progress import Console
 
     how: Any = {"sinks": (Console(),), "resume": resume}
-    every = train_shards(loaded, **how) if many else [flow.train(loaded, **how)]
+    if loaded.tasks.key:
+        every = train_tasks(loaded, **how)
+    else:
+        every = train_shards(loaded, **how) if many else [flow.train(loaded, **how)]
     told = []
     for done in every:
         score = done.outcome.score
