@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from plures.bridges.on_model import factors
 from plures.core.errors import BadInput, PluresError, RecipeErrors, WrongUse
 from plures.core.recipe import load
 from plures.engine.bank import Bank, Place
-from plures.engine.serving import Engine
 from plures.engine.tiers import Tiers
 from plures.flows.pack import pack, plan
 from plures.flows.recipes import PackRecipe
@@ -130,7 +130,21 @@ def test_the_server_takes_codes(packed: tuple[Path, Any], tmp_path: Path) -> Non
             pass
         assert tiers.enter(version.identity) is not None
         tiers.close()
-    assert not list((tmp_path / "cache").glob("*")) and Engine  # the code is the smaller file: no other is kept
+    assert not list((tmp_path / "cache").glob("*"))  # the code is the smaller file: no other is kept
+
+
+def test_packed_variants_are_served(packed: tuple[Path, Any]) -> None:
+    from plures.server.run import Service
+
+    asked = {"model": "l0@1", "prompt": "the cat", "max_tokens": 5, "temperature": 0}
+    with plures.Fleet(packed[0]) as now:
+        want = now.generate([("l0", "the cat")], max_tokens=5)[0].text
+    with Service(str(packed[0]), port=0, open=True) as service:
+        request = urllib.request.Request(f"{service.url}/v1/completions", json.dumps(asked).encode(),
+                                         {"content-type": "application/json"})  # fmt: skip
+        with urllib.request.urlopen(request) as answer:
+            got = json.loads(answer.read())
+    assert got["choices"][0]["text"] == want
 
 
 def test_new_variants_are_added_and_none_that_is_there_changes(
