@@ -352,12 +352,12 @@ def test_a_damaged_blob_is_named_in_the_log_and_not_to_callers(desk: Desk) -> No
 def test_a_version_removed_between_look_and_load(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     lora, real, taken = desk.store.resolve("lora").identity, load.load, []
 
-    def late(index: Index, blobs: Blobs, ref: Ref, check: bool) -> object:
+    def late(index: Index, blobs: Blobs, ref: Ref, check: bool, codecs: object = None) -> object:
         taken.append(f"{ref.name}@{ref.number}")
         if len(taken) == 1:
             with Store.open(desk.fleet) as other:
                 other.remove(taken[0])
-        return real(index, blobs, ref, check)
+        return real(index, blobs, ref, check, codecs)
 
     monkeypatch.setattr(load, "load", late)
     assert desk.load(lora).method == "lora"
