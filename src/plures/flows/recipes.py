@@ -202,7 +202,7 @@ class SelectRecipe:
     include: str = opt("", "rows that are chosen first: a file whose column `id` names them")
     apart: float | None = opt(None, "no two chosen rows have a cosine of this or more", gt=0.0, le=1.0)
     neighbours: int = opt(0, "neighbours of a row in the graph; 0: 3,200,000 over the rows, 64 to 256", ge=0, le=1024)
-    probes: int = opt(8, "lists that a row's neighbours are looked for in; more finds more of them", ge=1)
+    probes: int = opt(0, "lists that a row's neighbours are looked for in; 0: 8, of more than 300,000 rows 5", ge=0)
     update: str = opt("", "an earlier choice: its rows stay while they are nearly the best; `id` says which they are")
     report: str = opt("", "a page that shows the choice beside random rows; none: no page")
     epochs: int = opt(3, "epochs that training will have: rs2 in the report draws anew in each", ge=1)

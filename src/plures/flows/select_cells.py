@@ -233,7 +233,7 @@ class _Tasks:
         for c in np.flatnonzero(amounts):
             of_kind = None if kinds is None else tuple(int(v) for v in kinds[c])
             rows, tokens = (int(amounts[c]), None) if self.budget.tokens is None else (None, int(amounts[c]))
-            graph = select_read.neighbours(self.recipe, k), self.recipe.probes, self.recipe.threads
+            graph = select_read.neighbours(self.recipe, k), select_read.probes(self.recipe, k), self.recipe.threads
             tasks.append(one.Cell(str(self.folder), int(c), self.method.card.name, options, rows, tokens, of_kind,
                                   self.budget.apart, graph, self.recipe.seed, f"{self.run}.{step}"))  # fmt: skip
         new = [t for t in tasks if not one.answer(t).exists()]
@@ -325,8 +325,9 @@ class _Tasks:
         back = np.argsort(np.concatenate(parts))
         union = replace(self.pool.take(rows), features=features[back])
         if "graph" in self.method.needs or self.budget.apart is not None:
-            made = graphs.build(features[back], rng(self.recipe.seed, "graph"), probes=self.recipe.probes,
-                                threads=self.recipe.threads, k=select_read.neighbours(self.recipe, union.n))
+            made = graphs.build(features[back], rng(self.recipe.seed, "graph"), threads=self.recipe.threads,
+                                probes=select_read.probes(self.recipe, union.n),
+                                k=select_read.neighbours(self.recipe, union.n))  # fmt: skip
             union = replace(union, graph=made)
         inside = replace(self.budget, include=np.searchsorted(rows, self.budget.include),
                          exclude=np.zeros(0, np.int64))  # fmt: skip

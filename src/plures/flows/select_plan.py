@@ -54,7 +54,7 @@ def plan(recipe: SelectRecipe, source: Candidates, method: Any, wanted: str) -> 
         seconds += n * d * (2e-9 if recipe.features else 1.3e-8)
     if "graph" in needs:
         memory += held * k * 24  # the search's heaps, and both directions of every edge
-        products = n * search_width(held, recipe.probes) * d
+        products = n * search_width(held, select_read.probes(recipe, held)) * d
         seconds += KEPT * 2 * products / rate() + n * k * 1.5e-7
     else:
         seconds += n * 1e-6
@@ -65,7 +65,7 @@ def plan(recipe: SelectRecipe, source: Candidates, method: Any, wanted: str) -> 
 def search_width(n: int, probes: int) -> float:
     """How many rows a row is compared with in the search for its neighbours, centroids with them."""
     lists = 1 if n <= 4096 else min(n // 8, round(2 * math.sqrt(n)))
-    return n if lists == 1 else lists + 64 * 6 * lists * lists / n + 1.6 * min(probes, lists) * n / lists
+    return n if lists == 1 else lists + 16 * 4 * lists * lists / n + 1.6 * min(probes + 1, lists) * n / lists
 
 
 def cell_size(recipe: SelectRecipe, n: int, d: int, needs: set[str]) -> int:

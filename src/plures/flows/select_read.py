@@ -43,6 +43,11 @@ def neighbours(recipe: SelectRecipe, n: int) -> int:
     return recipe.neighbours or min(256, max(64, 3_200_000 // max(n, 1)))
 
 
+def probes(recipe: SelectRecipe, n: int) -> int:
+    """How many lists a row's neighbours are looked for in."""
+    return recipe.probes or (8 if n <= 300_000 else 5)
+
+
 def needs(recipe: SelectRecipe, method: Any) -> set[str]:
     """The parts of the pool that the method and the recipe read. Raises: WrongUse where a column is not named."""
     wanted = set(method.needs) | ({"graph"} if recipe.apart is not None else set())
@@ -234,7 +239,8 @@ def named(recipe: SelectRecipe, source: Candidates, file: str, gone: bool = Fals
 def graph(recipe: SelectRecipe, source: Candidates, pool: Pool, say: Say) -> Graph:
     """The pool's graph: read where it was built before, else built and kept."""
     k = neighbours(recipe, pool.n)
-    said = [source.fingerprint, recipe.features, recipe.text, k, recipe.probes, recipe.seed]
+    lists = probes(recipe, pool.n)
+    said = ["2", source.fingerprint, recipe.features, recipe.text, k, lists, recipe.seed]  # 2: how it is built
     path = work(recipe, source) / f"graph-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         say(f"graph: {path}")
@@ -248,7 +254,7 @@ def graph(recipe: SelectRecipe, source: Candidates, pool: Pool, say: Say) -> Gra
             told[0] = int(10 * done)
             tell(f"graph: {10 * told[0]} %")
 
-    made = graphs.build(pool.features, rng(recipe.seed, "graph"), k=k, probes=recipe.probes, threads=recipe.threads,
+    made = graphs.build(pool.features, rng(recipe.seed, "graph"), k=k, probes=lists, threads=recipe.threads,
                         tell=share)  # fmt: skip
     safe.write_arrays(path, {k: getattr(made, k) for k in ("start", "index", "near")})
     say(f"graph: {len(made.index) / max(pool.n, 1):.0f} neighbours a row, kept in {path}")
