@@ -233,6 +233,17 @@ def test_variants_that_share_their_factors_cost_almost_nothing(
     assert sum(line.n_bytes for line in done.lines) / 24 < 300 and max(line.error for line in done.lines) <= 0.1
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("rtn", {}), ("svd", {}), ("jd", {"k": 4}), ("rvq", {"codewords": 4, "stages": 2})]
+)
+def test_every_packer_packs_a_fleet(fleet: Path, tmp_path: Path, method: str, options: dict[str, int]) -> None:
+    done = pack(recipe(fleet, tmp_path / "out", variants=["l0", "l1"], pack={"method": method, **options}))
+    assert [line.how for line in done.lines] == [method] * 2
+    with Store.open(fleet) as source, Store.open(tmp_path / "out") as into:
+        exact, back = factors(source.load("l0")), factors(into.load("l0"))
+    assert exact and back and abs(error_of(exact, back) - done.lines[0].error) < 1e-4
+
+
 def test_comparisons_and_plans(fleet: Path, tmp_path: Path) -> None:
     done = pack(recipe(fleet, tmp_path / "out", compare=True))
     assert [c.name for c in done.compared] == ["int8", "int4", "svd"]

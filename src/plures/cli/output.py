@@ -28,6 +28,20 @@ def fleet_path(given: str) -> Path:
     raise WrongUse(f"which fleet? {found}; say --fleet PATH or set PLURES_FLEET")
 
 
+def read_recipe(kind: type, verb: str, said: Sequence[str]) -> Any:
+    """The recipe of a command's arguments: one file or none, and overrides key=value, in any order.
+
+    Raises: WrongUse for several files; RecipeErrors.
+    """
+    from plures.core.recipe import load
+
+    files = [r for r in said if "=" not in r]
+    if len(files) > 1:
+        raise WrongUse(f"one recipe at a time, got {', '.join(map(repr, files))}; overrides are written key=value")
+    source: Path | dict[str, object] = Path(files[0]) if files else {}
+    return load(kind, source, [r for r in said if "=" in r], where=files[0] if files else verb)
+
+
 def say_json(value: Any) -> None:
     """Print one JSON value."""
     typer.echo(json.dumps(value, indent=1, default=str))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plures.cli.output import JsonOption, say_json
+from plures.cli.output import JsonOption, read_recipe, say_json
 
 
 def command(
@@ -18,17 +18,10 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Train a variant and publish it. See `plures recipe train` for all keys."""
-    from pathlib import Path
-
-    from plures.core.errors import WrongUse
-    from plures.core.recipe import dump, load, to_dict
+    from plures.core.recipe import dump, to_dict
     from plures.flows.recipes import TrainRecipe
 
-    files = [r for r in recipe if "=" not in r]
-    if len(files) > 1:
-        raise WrongUse(f"one recipe at a time, got {', '.join(map(repr, files))}; overrides are written key=value")
-    source: Path | dict[str, object] = Path(files[0]) if files else {}
-    loaded = load(TrainRecipe, source, [r for r in recipe if "=" in r], where=files[0] if files else "train")
+    loaded = read_recipe(TrainRecipe, "train", recipe)
     from plures.flows import train as flow
     from plures.flows.shards import train_shards
     from plures.flows.tasks import train_tasks

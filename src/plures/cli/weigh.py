@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import JsonOption, say_json
+from plures.cli.output import JsonOption, read_recipe, say_json
 
 
 def command(
@@ -17,19 +17,12 @@ def command(
 ) -> None:
     """Learn weights of the sources of rows from held-out rows. See `plures recipe weigh` for all keys."""
     from dataclasses import asdict
-    from pathlib import Path
 
     from plures.cli.output import table
     from plures.cli.progress import Console
-    from plures.core.errors import WrongUse
-    from plures.core.recipe import load
     from plures.flows.recipes import WeighRecipe
 
-    files = [r for r in recipe if "=" not in r]
-    if len(files) > 1:
-        raise WrongUse(f"one recipe at a time, got {', '.join(map(repr, files))}; overrides are written key=value")
-    source: Path | dict[str, object] = Path(files[0]) if files else {}
-    loaded = load(WeighRecipe, source, [r for r in recipe if "=" in r], where=files[0] if files else "weigh")
+    loaded = read_recipe(WeighRecipe, "weigh", recipe)
     from plures.flows.weigh import weigh
 
     done = weigh(loaded, sinks=(Console(),))

@@ -18,7 +18,7 @@ from plures.flows.pack_score import Scorer
 from plures.flows.recipes import PackRecipe
 from plures.pack import Codec, Factors, Packer, packs
 from plures.store import Store, Version
-from plures.store.unpack import GROUP, METHOD, as_plain, codec_of
+from plures.store.unpack import GROUP, METHOD, as_plain
 from plures.tensors import safe
 from plures.tensors.gauge import difference, singular_values
 from plures.tensors.site import Site, natural
@@ -133,11 +133,10 @@ def pack(recipe: PackRecipe, say: Say = lambda _: None) -> Packed:
             work = _Work(source, new, recipe.held_out)
             if found is None and work.coded:
                 say(f"fitting {name} to {len(work.coded)} variants at {len(work.sites)} sites")
-                found = {"sites": work.sites, "shared": packer.fit(work.fleet, work.sites)}
-                found["paid"] = len(safe.to_bytes(found["shared"])) / len(work.coded)
+                found = _Shared.of(work.sites, packer.fit(work.fleet, work.sites), len(work.coded))
             lines = [_one(work, into, v, packer, found, recipe) for v in new]
             compared = _compare(work, COMPARED) if recipe.compare and work.coded else ()
-    n_shared = len(safe.to_bytes(found["shared"])) if found else 0
+    n_shared = found.file.numel() if found else 0
     coded = [line.bits for line in lines if line.how == name]
     drift = sum(coded) / len(coded) / (sum(had) / len(had)) if coded and had else None
     return Packed(str(out), tuple(lines), len(chosen) - len(new), n_shared, drift, compared)
@@ -170,7 +169,24 @@ def _open(out: Path, source: Store) -> Store:
     return into
 
 
-def _shared(into: Store, name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[float]]:
+@dataclass(frozen=True)
+class _Shared:
+    """What variants of some sites share: tensors by leaf, the file that the fleet holds them as, and what of its bytes
+    counts for each variant where it is new."""
+
+    sites: tuple[Site, ...]
+    tensors: Mapping[str, torch.Tensor]
+    file: torch.Tensor
+    paid: float = 0.0
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], tensors: Mapping[str, torch.Tensor], new_for: int = 0) -> _Shared:
+        """Of the tensors; `new_for` so many variants, where no fleet has them yet."""
+        file = torch.frombuffer(bytearray(safe.to_bytes(tensors)), dtype=torch.uint8)
+        return cls(tuple(sites), tensors, file, file.numel() / new_for if new_for else 0.0)
+
+
+def _shared(into: Store, name: str, options: Mapping[str, Any]) -> tuple[_Shared | None, list[float]]:
     """The sites and what is shared of the packed variants that are there, and the bits that each took.
 
     Raises: WrongUse where they were packed by another method, or by options that decoding depends on.
@@ -190,9 +206,9 @@ def _shared(into: Store, name: str, options: Mapping[str, Any]) -> tuple[dict[st
         raise WrongUse(f"the variants in {str(into.path)!r} are packed with {odd} = {had.get(odd)}, not {asked[odd]}; "
                        "say the same, or refit=true")  # fmt: skip
     variant = into.load(last.ref, packed=True)
-    shared = safe.from_bytes(variant.pool[GROUP]["shared"].numpy().tobytes())
+    shared = _Shared.of(variant.sites, safe.from_bytes(variant.pool[GROUP]["shared"].numpy().tobytes()))
     bits = [into.manifest(v.ref)["provenance"].get(METHOD, {}).get("bits") for v in every]
-    return {"sites": list(variant.sites), "shared": shared}, [b for b in bits if b]
+    return shared, [b for b in bits if b]
 
 
 def _options(packer: Any) -> dict[str, Any]:
@@ -228,6 +244,7 @@ class _Work:
         for ref, of in owned.items():  # what several have counts for each as its part
             self.native[ref] = sum(n / users[h] for h, n in of.items())
         self.scorer = Scorer(source.base, held_out) if held_out else None
+        self._codecs: dict[tuple[str, tuple[str, ...]], Codec] = {}
 
     def fleet(self) -> Iterator[Factors]:
         """The variants that can be coded."""
@@ -236,8 +253,15 @@ class _Work:
             assert found is not None
             yield found
 
+    def codec(self, packer: Packer, shared: _Shared) -> Codec:
+        """A packer's codec, made once."""
+        key = repr(packer), tuple(s.name for s in shared.sites)
+        if key not in self._codecs:
+            self._codecs[key] = packer.codec(shared.sites, shared.tensors)
+        return self._codecs[key]
 
-def _one(work: _Work, into: Store, version: Version, packer: Packer, found: dict[str, Any] | None,
+
+def _one(work: _Work, into: Store, version: Version, packer: Packer, found: _Shared | None,
          recipe: PackRecipe) -> Line:  # fmt: skip
     """Pack and publish one variant: by the packer, finer where its score falls short, or as it is."""
     variant = work.source.load(version.ref)
@@ -251,20 +275,19 @@ def _one(work: _Work, into: Store, version: Version, packer: Packer, found: dict
         tries.append(("rtn", packs.make("rtn", bits=8)))
     for how, way in tries:
         assert exact is not None and found is not None
-        mine = how == name
-        sites = found["sites"] if mine else list(variant.sites)
-        made = _coded(variant, how, way, sites, found["shared"] if mine else {}, exact)
+        shared = found if how == name else _Shared.of(variant.sites, {})
+        codec = work.codec(way, shared)
+        made = _coded(variant, how, way, shared, codec.encode(exact))
         coded = made.pool[GROUP]["code"].numel()
-        line = _line(version, how, coded, made, exact, work)
-        if mine and line.error > getattr(way, "error", 1.0) * 1.01:
+        line = _line(version, how, made, codec, exact, work)
+        if way.bounds and line.error > 1.01 * _options(way)["error"]:
             continue
         if work.scorer and before is not None:
-            left = work.scorer.gain(version.name, as_plain(made, _codec(made))) / before if before > 0 else 1.0
+            left = work.scorer.gain(version.name, as_plain(made, codec)) / before if before > 0 else 1.0
             line = _with(line, recovery=left)
             if left < recipe.recovery:
                 continue
-        paid = found.get("paid", 0) if mine else 0  # its part of what is shared, where that is new
-        if coded + paid + sum(t.nbytes for t in variant.extra.values()) >= work.native[version.ref]:
+        if coded + shared.paid + sum(t.nbytes for t in variant.extra.values()) >= work.native[version.ref]:
             break  # what it is now takes less
         return _publish(into, version, made, line, work)
     line = Line("", version.ref, "as it is", version.n_bytes, version.n_bytes, 0.0, 0.0, 0.0, "", 0.0,
@@ -279,32 +302,32 @@ def _finer(name: str, packer: Packer, share: float) -> Any:
     return packs.make(name, **{**said, "error": max(said["error"] * share, 0.005)})
 
 
-def _coded(variant: Variant, name: str, packer: Packer, sites: Sequence[Site], shared: Mapping[str, Any],
-           exact: Factors) -> Variant:  # fmt: skip
+def _coded(variant: Variant, name: str, packer: Packer, shared: _Shared, code: torch.Tensor) -> Variant:
     """The variant that a store holds in place of `variant`."""
-    code = packer.codec(sites, shared).encode(exact)
-    whole = torch.frombuffer(bytearray(safe.to_bytes(shared)), dtype=torch.uint8)
-    options = {"packer": name, "options": _options(packer)}
-    return Variant(METHOD, options, variant.base, tuple(sites), {s.name: GROUP for s in sites},
-                   {s.name: {} for s in sites}, {GROUP: {"code": code, "shared": whole}}, variant.extra)  # fmt: skip
+    options, sites = {"packer": name, "options": _options(packer)}, shared.sites
+    return Variant(METHOD, options, variant.base, sites, {s.name: GROUP for s in sites},
+                   {s.name: {} for s in sites}, {GROUP: {"code": code, "shared": shared.file}},
+                   variant.extra)  # fmt: skip
 
 
-def _codec(made: Variant) -> Codec:
-    return codec_of(made.manifest(), made.pool[GROUP]["shared"])
-
-
-def _line(version: Version, how: str, coded: int, made: Variant, exact: Factors, work: _Work) -> Line:
-    """What packing cost the variant, from the singular values of what is off."""
-    back = _codec(made).decode(made.pool[GROUP]["code"])
+def _off(exact: Factors, back: Factors) -> tuple[float, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """The relative error over all sites, and the singular values of what is off and of the delta, by site."""
     off, own = singular_values(difference(exact, back)), singular_values(exact)
-    whole = sum(float(s.double().square().sum()) for s in own.values()) ** 0.5
-    lost = sum(float(s.double().square().sum()) for s in off.values()) ** 0.5
+    lost, whole = (sum(float(s.double().square().sum()) for s in of.values()) ** 0.5 for of in (off, own))
+    return lost / whole if whole else 0.0, off, own
+
+
+def _line(version: Version, how: str, made: Variant, codec: Codec, exact: Factors, work: _Work) -> Line:
+    """What packing cost the variant, from the singular values of what is off."""
+    code = made.pool[GROUP]["code"]
+    error, off, own = _off(exact, codec.decode(code))
     sites = {n: float(off[n].norm() / s.norm()) for n, s in own.items() if float(s.norm()) > 0}
     site = max(sites, key=lambda n: sites[n], default="")
     spectral = max((float(off[n][0] / own[n][0]) for n in sites), default=0.0)
     extra = sum(t.nbytes for t in made.extra.values())
-    return Line("", version.ref, how, coded + extra, version.n_bytes, 8 * coded / max(1, work.numbers[version.ref]),
-                lost / whole if whole else 0.0, sites.get(site, 0.0), site, spectral, None)  # fmt: skip
+    bits = 8 * code.numel() / max(1, work.numbers[version.ref])
+    return Line("", version.ref, how, code.numel() + extra, version.n_bytes, bits, error, sites.get(site, 0.0), site,
+                spectral, None)  # fmt: skip
 
 
 def _with(line: Line, **more: Any) -> Line:
@@ -333,10 +356,8 @@ def _compare(work: _Work, ways: Mapping[str, tuple[str, dict[str, Any]]]) -> tup
         sizes, errors = [], []
         for exact in work.fleet():
             code = codec.encode(exact)
-            off, own = singular_values(difference(exact, codec.decode(code))), singular_values(exact)
             sizes.append(code.numel())
-            lost, whole = (sum(float(s.double().square().sum()) for s in of.values()) for of in (off, own))
-            errors.append((lost / whole) ** 0.5 if whole else 0.0)
+            errors.append(_off(exact, codec.decode(code))[0])
         out.append(Compared(said, sum(sizes) / len(sizes), len(safe.to_bytes(shared)) if shared else 0,
                             sum(errors) / len(errors)))  # fmt: skip
     return tuple(out)

@@ -7,7 +7,7 @@ decodes each variant by itself: a variant may be added or taken away and no othe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -34,7 +34,9 @@ class Codec(Protocol):
 
 
 class Packer(Protocol):
-    """A way to pack."""
+    """A way to pack; `bounds` says whether its option `error` bounds that of every decoded variant."""
+
+    bounds: ClassVar[bool]
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """What all variants share, by leaf; {} for a method that codes each variant by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class Jd:
     full: bool = True
     even: bool = True
     seed: int = 0
+    bounds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= 0xFFFF:

@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ class Klt:
     expect: int = 0
     dead: float = 0.0
     even: float = 0.5
+    bounds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.005 <= self.error < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ class Rtn:
     bits: int = 4
     group: int = 0
     form: Literal["one", "given"] = "one"
+    bounds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class Rvq:
     codewords: int = 256
     stages: int = 4
     seed: int = 0
+    bounds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for key in ("shards", "stages"):

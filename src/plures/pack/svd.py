@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Svd:
     rank: int = 0
     error: float = 0.1
     bits: int = 6
+    bounds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.rank < 0:
