@@ -28,8 +28,8 @@ Kind = tuple[str, int, int]  # the linear's type, 0 for B and 1 for A, the row's
     paper="none",
     title="Residual vector quantisation (Juang and Gray 1982) on shards as those of MoS (arXiv:2410.00938)",
     status="trial",
-    when="To compare a pool of shards with integers, or for variants that repeat shards. On two trained fleets it lost a "
-    "little less than rtn of the same bytes (benchmarks/pack_measure.py), besides codebooks and a slow fit; klt is "
+    when="To compare a pool of shards with integers, or for variants that repeat shards. On two trained fleets it lost "
+    "a little less than rtn of the same bytes (benchmarks/pack_measure.py), besides codebooks and a slow fit; klt is "
     "smaller than both. Wide rows need more shards: a shard has one number a stage whatever its width.",
 )
 @dataclass(frozen=True)
