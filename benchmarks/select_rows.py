@@ -51,7 +51,7 @@ def ours(case: str, n: int) -> dict[str, Any]:
         return {"cpu_s": spent, "recall": sum(hits) / 64 / 500, "more_mb": _more(before)}
     if case in OBJECTIVES:
         return objective(case, X, k)
-    options: dict[str, int] = {"cover": {"swaps": 0}, "exact": {"exact": 2}}.get(case, {})
+    options: dict[str, int] = {"cover": {"swaps": 0}, "exact": {"exact": 3}}.get(case, {})
     default = min(256, max(64, 3_200_000 // n))  # of `plures select`
     neighbours = 64 if case in ("cover", "exact") else default
     graph = graphs.build(X, rng(0), k=neighbours, probes=8)

@@ -79,7 +79,7 @@ def in_order(pool: Pool, order: Array, budget: Budget, weights: Array | None = N
     `weights [n]`, where given, are handed on for the chosen rows.
     Raises: WrongUse where the budget cannot be met.
     """
-    if len(np.unique(order)) != len(order):
+    if np.bincount(order, minlength=1).max(initial=0) > 1:
         raise WrongUse("an order names each row once")
     if budget.rows is not None and not budget.quotas and budget.apart is None:
         rows = _first(pool, order, budget)

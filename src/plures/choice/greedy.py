@@ -84,7 +84,8 @@ class Terms(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is chosen: each row's nearest `best [n]`, its nearness to all chosen `close [n]`, labels `filled [l]`.
+    """What is chosen: each row's nearest `best [n]`, its nearness to all chosen `close [n]`, labels `filled [l]`,
+    and phi of that, `height [l]`.
 
     For log-det, (I + alpha X_S' X_S)^-1 in `inverse [d, d]`, and in `met [1]` how many rows that holds.
     """
@@ -92,40 +93,45 @@ class State(NamedTuple):
     best: Array
     close: Array
     filled: Array
+    height: Array
     inverse: Array
     met: Array
+
+
+def _empty(objective: Objective) -> Array:
+    """phi(0) of every label, `[l]`."""
+    power = np.broadcast_to(np.asarray(objective.power, np.float64), len(objective.labels.names))
+    return np.where(power > 0, objective.eps ** np.maximum(power, 0), 0.0)
 
 
 def start(objective: Objective) -> State:
     """Nothing chosen yet."""
     n = objective.n
     return State(np.zeros(n if objective.cover else 0, np.float32), np.zeros(n if objective.apart else 0),
-                 np.zeros(len(objective.labels.names)),
+                 np.zeros(len(objective.labels.names)), _empty(objective),
                  np.eye(objective.features.shape[1] if objective.logdet else 0), np.zeros(1, np.int64))  # fmt: skip
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _phi(x: Any, power: Any, eps: Any) -> Any:  # pragma: no cover - compiled
+    """The concave function of what fills a label, but for its value at 0."""
+    if power == 0.5:
+        return np.sqrt(x + eps)
+    if power == 0:
+        return np.log1p(x)
+    if power > 0:
+        return (x + eps) ** power
+    return -x * np.log(x) if x > 0 else 0.0  # what a share adds to an entropy
+
+
 @njit(cache=True, nogil=True)
-def _concave(index: Any, value: Any, begin: Any, end: Any, filled: Any, of_label: Any, power: Any,
+def _concave(index: Any, value: Any, begin: Any, end: Any, filled: Any, height: Any, of_label: Any, power: Any,
              eps: Any) -> Any:  # fmt: skip  # pragma: no cover - compiled
-    """sum_l w_l (phi(z_l + v_l) - phi(z_l)) over a row's labels."""
+    """sum_l w_l (phi(z_l + v_l) - phi(z_l)) over a row's labels; `height [l]` is phi(z_l)."""
     total = 0.0
     for a in range(begin, end):
         label = index[a]
-        z, p = filled[label], power[label]
-        v = z + value[a]
-        if p == 0.5:
-            rise = np.sqrt(v + eps) - np.sqrt(z + eps)
-        elif p == 0:
-            rise = np.log1p(v) - np.log1p(z)
-        elif p > 0:
-            rise = (v + eps) ** p - (z + eps) ** p
-        else:  # what a share adds to an entropy
-            rise = 0.0
-            if v > 0:
-                rise -= v * np.log(v)
-            if z > 0:
-                rise += z * np.log(z)
-        total += of_label[label] * rise
+        total += of_label[label] * (_phi(filled[label] + value[a], power[label], eps) - height[label])
     return total
 
 
@@ -142,28 +148,38 @@ def _times(m: Any, x: Any, out: Any) -> Any:  # pragma: no cover - compiled
     return square
 
 
+@njit(cache=True, nogil=True)
+def _square(features: Any, i: Any, inverse: Any, met: Any) -> Any:  # pragma: no cover - compiled
+    """x' M x of row i; M is the identity until a row is met."""
+    x = features[i].astype(np.float64)
+    return (x * x).sum() if met == 0 else _times(inverse, x, np.empty(len(x)))
+
+
+@njit(cache=True, nogil=True)
+def _nearer(start: Any, to: Any, near: Any, best: Any, i: Any) -> Any:  # pragma: no cover - compiled
+    """By how much row i would bring rows nearer to what is chosen, itself included."""
+    more = 0.0
+    for a in range(start[i], start[i + 1]):
+        d = near[a] - best[to[a]]
+        if d > 0:
+            more += d
+    return max(np.float32(0), np.float32(1) - best[i]) + more
+
+
 @njit(cache=True, nogil=True, forceinline=True)
 def gain(t: Any, s: Any, i: Any) -> Any:  # pragma: no cover - compiled
     """What row i would add now."""
     w = t.weights
     total = t.modular[i]
     if w[0] != 0:
-        part = max(np.float32(0), np.float32(1) - s.best[i])
-        more = 0.0
-        for a in range(t.start[i], t.start[i + 1]):
-            d = t.near[a] - s.best[t.to[a]]
-            if d > 0:
-                more += d
-        total += w[0] * (part + more)
+        total += w[0] * _nearer(t.start, t.to, t.near, s.best, i)
     if w[1] != 0:
         total -= 2 * w[1] * s.close[i]
     if w[2] != 0:
         total += w[2] * _concave(t.label_index, t.label_value, t.label_start[i], t.label_start[i + 1], s.filled,
-                                 t.of_label, t.power, w[3])  # fmt: skip
+                                 s.height, t.of_label, t.power, w[3])  # fmt: skip
     if w[4] != 0:
-        x = t.features[i].astype(np.float64)
-        square = (x * x).sum() if s.met[0] == 0 else _times(s.inverse, x, np.empty(len(x)))
-        total += w[4] * np.log1p(w[5] * square)
+        total += w[4] * np.log1p(w[5] * _square(t.features, i, s.inverse, s.met[0]))
     return total
 
 
@@ -183,7 +199,9 @@ def add(t: Any, s: Any, i: Any) -> Any:  # pragma: no cover - compiled
             s.close[t.to[a]] += t.near[a]
     if w[2] != 0:
         for a in range(t.label_start[i], t.label_start[i + 1]):
-            s.filled[t.label_index[a]] += t.label_value[a]
+            label = t.label_index[a]
+            s.filled[label] += t.label_value[a]
+            s.height[label] = _phi(s.filled[label], t.power[label], w[3])
     if w[4] != 0:  # Sherman and Morrison
         x = t.features[i].astype(np.float64)
         v = np.empty(len(x))
@@ -251,7 +269,7 @@ def _loop(t: Any, s: Any, n: Any, cost: Any, limit: Any, by_cost: Any, cell: Any
         down(heap, key, at, size)
     rows, added = np.empty(min(most, n), np.int64), np.empty(min(most, n))
     stamp = np.zeros(n, np.int64)
-    k, spent, evaluated = 0, 0, size
+    k, spent, evaluated, w = 0, 0, size, t.weights
     while size and k < most:
         i = heap[0]
         if blocked[i] or spent + cost[i] > limit or cost[i] > room[cell[i]]:
@@ -260,7 +278,16 @@ def _loop(t: Any, s: Any, n: Any, cost: Any, limit: Any, by_cost: Any, cell: Any
             down(heap, key, 0, size)
             continue
         if stamp[i] < k:
-            g = gain(t, s, i)
+            g = t.modular[i]  # `gain`, written out: a call that hands on two tuples of arrays costs more than its sums
+            if w[0] != 0:
+                g += w[0] * _nearer(t.start, t.to, t.near, s.best, i)
+            if w[1] != 0:
+                g -= 2 * w[1] * s.close[i]
+            if w[2] != 0:
+                g += w[2] * _concave(t.label_index, t.label_value, t.label_start[i], t.label_start[i + 1], s.filled,
+                                     s.height, t.of_label, t.power, w[3])  # fmt: skip
+            if w[4] != 0:
+                g += w[4] * np.log1p(w[5] * _square(t.features, i, s.inverse, s.met[0]))
             key[0] = min(key[0], g / cost[i] if by_cost else g)  # rounding may not lift a bound
             stamp[i] = k
             evaluated += 1

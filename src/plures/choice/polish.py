@@ -23,6 +23,7 @@ from plures.choice import kmeans
 from plures.choice.graph import Graph
 
 Array = np.ndarray[Any, Any]
+LISTS = 8  # clusters that a row is held against in the first round
 CHEAP = 2e11  # products of features in a round: some seconds of one core
 PAIRS = 2**24  # held at most: 0.6 GB with what is made of them
 
@@ -53,7 +54,7 @@ def refresh(features: Array, rows: Array, cell: Array, fixed: Array, passes: int
     return rows
 
 
-def around(features: Array, rows: Array, lists: int = 8) -> Graph | None:
+def around(features: Array, rows: Array, lists: int = LISTS) -> Graph | None:
     """The graph of the pairs that decide about swaps of these chosen rows; None where that would cost too much.
 
     Row i is held against the rows whose nearest chosen row is one of the `lists` nearest to i. A pair is kept where it
@@ -111,9 +112,12 @@ def swap(graph: Graph, rows: Array, cell: Array, fixed: Array, passes: int = 4) 
 
 def exact(features: Array | None, graph: Graph, rows: Array, cell: Array, fixed: Array, passes: int,
           rounds: int) -> Array:  # fmt: skip
-    """The chosen rows after so many rounds of swaps `around` them at most; on the `graph` where that costs too much."""
+    """The chosen rows after so many rounds of swaps `around` them at most; on the `graph` where that costs too much.
+
+    Each round looks twice as far around as the one before: few swaps are left by then, and those are further away.
+    """
     for at in range(rounds):
-        near = None if features is None else around(features, rows)
+        near = None if features is None else around(features, rows, LISTS << at)
         if near is None:
             rounds = at
             break

@@ -16,6 +16,7 @@ from plures.tensors.rng import Rng
 
 Array = np.ndarray[Any, Any]
 BLOCK, CHUNK = 256, 8192  # rows compared at once, with so many taken ones
+NARROW, SLACK = 64, 1e-4  # vectors that are not worth cutting; what rounding may take from a bound
 
 
 @method(
@@ -66,13 +67,17 @@ class Deita:
         if self.complexity:
             score = score * pool.score(self.complexity)
         first = np.unique(budget.include)
-        order = np.setdiff1d(np.arange(pool.n), np.union1d(first, budget.exclude))
+        may = np.ones(pool.n, bool)
+        may[first] = may[budget.exclude] = False
+        order = np.flatnonzero(may)
         order = order[np.argsort(-score[order], kind="stable")]
         far, near = np.zeros(len(order), bool), np.zeros(len(order), bool)
         while True:
             chosen = in_order(pool, np.concatenate([first, order[~near], order[near]]), budget)
             unknown = np.flatnonzero(~far & ~near)
-            at = unknown[np.isin(order[unknown], chosen.rows)]
+            may[:] = False
+            may[chosen.rows] = True
+            at = unknown[may[order[unknown]]]
             if not len(at):
                 return chosen
             if at[-1] == unknown[len(at) - 1]:  # the next ones, without a gap: look at as many as it should take
@@ -83,21 +88,52 @@ class Deita:
 
 
 def _far(features: Array, taken: Array, rows: Array, threshold: float) -> Array:
-    """Which of `rows` to keep, bool `[len(rows)]`: cosines to all `taken` and all kept before are below `threshold`."""
-    held = np.empty((len(taken) + len(rows), features.shape[1]), features.dtype)
-    held[: len(taken)] = features[taken]
-    size, keep = len(taken), np.zeros(len(rows), bool)
+    """Which of `rows` to keep, bool `[len(rows)]`: cosines to all `taken` and all kept before are below `threshold`.
+
+    With vectors cut in two, x.y <= x1.y1 + |x2| |y2|: only rows that this does not clear are compared in full. Where it
+    clears few, it is left out from there on.
+    """
+    held = _Cut(np.empty((len(taken) + len(rows), features.shape[1]), np.float32))
+    held.put(0, np.asarray(features[taken], np.float32))
+    size, keep, cut = len(taken), np.zeros(len(rows), bool), features.shape[1] >= NARROW
     for at in range(0, len(rows), BLOCK):
-        block = np.asarray(features[rows[at : at + BLOCK]], np.float32)
-        far = np.ones(len(block), bool)
+        x = np.asarray(features[rows[at : at + BLOCK]], np.float32)
+        block = _Cut(x)
+        block.put(0, x)
+        far, compared = np.ones(len(x), bool), 0
         for start in range(0, size, CHUNK):
-            far &= (block @ np.asarray(held[start : min(start + CHUNK, size)], np.float32).T).max(1) < threshold
-        between = block @ block.T
-        for i in range(len(block)):
+            some = slice(start, min(start + CHUNK, size))
+            doubt = np.flatnonzero(far)
+            if cut:
+                doubt = doubt[(block.head[doubt] @ held.head[some].T).max(1) >= threshold - SLACK]
+            compared += len(doubt)
+            far[doubt] = (x[doubt] @ held.whole[some].T).max(1) < threshold
+        cut = cut and compared <= len(x) / 2 * max(1, -(-size // CHUNK))
+        doubt = np.arange(len(x))
+        if cut:
+            between = np.triu(block.head @ block.head.T, 1) >= threshold - SLACK
+            doubt = np.flatnonzero(between.any(1))
+        near = x[doubt] @ x.T >= threshold
+        for i, row in zip(doubt, near, strict=True):
             if far[i]:
-                far[i + 1 :] &= between[i, i + 1 :] < threshold
+                far[i + 1 :] &= ~row[i + 1 :]
         kept = np.flatnonzero(far)
-        held[size : size + len(kept)] = block[kept]
+        held.put(size, x[kept])
         size += len(kept)
         keep[at : at + BLOCK] = far
     return keep
+
+
+class _Cut:
+    """Rows `whole [n, d]`, and their first half with the length of the other half behind it, `head [n, d // 2 + 1]`."""
+
+    def __init__(self, whole: Array) -> None:
+        self.whole, self.half = whole, whole.shape[1] // 2
+        self.head = np.empty((len(whole), self.half + 1), np.float32)
+
+    def put(self, at: int, rows: Array) -> None:
+        """Let these rows stand from `at` on."""
+        some = slice(at, at + len(rows))
+        self.whole[some] = rows
+        self.head[some, :-1] = rows[:, : self.half]
+        self.head[some, -1] = np.sqrt(np.einsum("ij,ij->i", rows[:, self.half :], rows[:, self.half :]))
