@@ -32,9 +32,9 @@ class Cover:
 
     Options:
         swaps: passes of improving swaps at most; 0 leaves the greedy answer, whose beginnings answer smaller budgets.
-        refresh: rounds of k-medoids before the swaps, with exact cosines, where that is cheap.
-        exact: rounds of swaps by exact cosines in the place of those on the graph, where they are cheap: nearer to the
-            pool, the first round by far the most; the value and the bound are still the graph's.
+        refresh: rounds of k-medoids before the swaps on the graph, with exact cosines, where that is cheap.
+        exact: rounds of swaps by exact cosines in the place of both, where they are cheap: nearer to the pool, the
+            first round by far the most; the value and the bound are still the graph's.
         quality: weight of the scores, in [0, 1).
         score: the column of scores, scaled to [0, 1] by its range.
 
