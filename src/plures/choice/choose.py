@@ -38,7 +38,7 @@ def swapped(pool: Pool, objective: Objective, rows: Array, budget: Budget, passe
     """The chosen rows after passes of swaps that improve `cover`, ordered by what they add; the included stay first.
 
     `refresh` rounds of k-medoids come before, where the pool has features and they are cheap; `exact` rounds of swaps
-    by exact cosines take the place of both, where they are cheap too (after k-medoids they end no higher).
+    by exact cosines take the place of those on the graph, where they are cheap too.
 
     A row is swapped for one that counts for the same quotas and, within a budget of tokens, costs the same. Rows that
     must be `apart` are only ordered.
@@ -48,7 +48,7 @@ def swapped(pool: Pool, objective: Objective, rows: Array, budget: Budget, passe
     fixed[first] = True
     if budget.apart is None:
         kind = made.of.astype(np.int64) * (int(limits.cost.max()) + 1) + limits.cost
-        if refresh and not exact and pool.features is not None and pool.features.size * len(rows) <= polish.CHEAP:
+        if refresh and pool.features is not None and pool.features.size * len(rows) <= polish.CHEAP:
             rows = polish.refresh(pool.features, rows, kind, fixed, refresh)
         rows = polish.exact(pool.features, objective.graph, rows, kind, fixed, passes, exact)
     rows, added, state = _ordered(objective, np.concatenate([first, np.setdiff1d(rows, first)]), len(first))

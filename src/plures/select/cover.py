@@ -66,4 +66,5 @@ class Cover:
             modular = self.quality * (q - q.min()) / max(float(np.ptp(q)), 1e-12)
         objective = Objective(pool.n, graph=pool.need("graph"), cover=1 - self.quality, modular=modular)
         swaps = 0 if self.quality else self.swaps
-        return best(pool, objective, budget, swaps=swaps, refresh=self.refresh, exact=self.exact)
+        refresh = 0 if self.exact else self.refresh  # after k-medoids exact swaps end no higher
+        return best(pool, objective, budget, swaps=swaps, refresh=refresh, exact=self.exact)
