@@ -7,6 +7,7 @@ and the result does not depend on shards, on how files are read, or on how many 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -24,6 +25,8 @@ Read = Callable[[int, Array], None]
 """Puts the elements from a start on into a float32 array."""
 Write = Callable[[int, Array], None]
 """Takes the elements from a start on."""
+LOOK = 1 << 14
+"""Elements of each of two pieces by which the result is compared: a cosine is then right to 1 % a tensor."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,10 @@ def piece(job: Job) -> int:
     return max(1, CHUNK // unit) * unit
 
 
-def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False) -> Iterator[Part]:
-    """The tensor's pieces, or those that start at some of `only`; each takes the place of the one before.
+def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False, most: int = sys.maxsize
+          ) -> Iterator[Part]:  # fmt: skip
+    """The tensor's pieces, or `most` elements of those that start at some of `only`; each takes the place of the one
+    before.
 
     Raises: BadInput where a number is not finite, unless that was seen to before.
     """
@@ -71,7 +76,7 @@ def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False) 
     for start in range(0, size, step):
         if only is not None and start not in only:
             continue
-        n = min(step, size - start)
+        n = min(step, size - start, most)
         here, below = scratch("values", (len(job.reads), n)), scratch("base", n)
         for read, row in zip(job.reads, here, strict=True):
             read(start, row)
@@ -86,7 +91,7 @@ def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False) 
 
 
 def merge(job: Job, write: Write) -> Told:
-    """Put the merged tensor out, piece by piece, and say how it lies beside the plain mean, by two of its pieces.
+    """Put the merged tensor out, piece by piece, and say how it lies beside the plain mean, by some of its elements.
 
     Raises: BadInput; what the method raises.
     """
@@ -113,7 +118,8 @@ def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
         for part in parts(jobs[0], trusted=turn > 0):
             last = [part]
             for i in those:
-                _add(told[i], cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i]))
+                _add(told[i], cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i]),
+                     prod(part.shape) >= 2**31)  # fmt: skip
         for part in last:
             for i in those:
                 method, of = cast(Scanner, jobs[i].method), replace(part, given=jobs[i].given)
@@ -125,18 +131,18 @@ def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
             out = np.ascontiguousarray(job.method.apply(_for(job, part, len(jobs)), before), np.float32)
             write(part.start, out)
             if part.start in kept:
-                kept[part.start] = scratch(f"merged {i} {part.start > 0}", len(out))
-                kept[part.start][:] = out
+                kept[part.start] = scratch(f"merged {i} {part.start > 0}", len(out[:LOOK]))
+                kept[part.start][:] = out[:LOOK]
     return _compare(jobs[0], looked)
 
 
-def _add(told: dict[str, Array], found: Stats) -> None:
-    """Add up what a pass learns. (Counts of a piece are short, their sums are not.)"""
+def _add(told: dict[str, Array], found: Stats, large: bool) -> None:
+    """Add up what a pass learns; the counts of `large` tensors, whose pieces' are int32, in int64."""
     for key, value in found.items():
         if key in told:
             told[key] += value
         else:
-            told[key] = value.astype(np.int64) if value.dtype == np.int32 else value
+            told[key] = value.astype(np.int64) if large and value.dtype == np.int32 else value
 
 
 def _for(job: Job, part: Part, many: int) -> Part:
@@ -150,7 +156,7 @@ def _compare(job: Job, merged: Sequence[Mapping[int, Array]]) -> list[Told]:
     """How the merged pieces of each result lie beside the plain mean of the models."""
     m, n = len(job.reads), 0
     gram, conflict, lengths, mean_length = np.zeros((m, m)), 0, [0.0] * len(merged), 0.0
-    for part in parts(job, merged[0], trusted=True):
+    for part in parts(job, merged[0], trusted=True, most=LOOK):
         mean, origin = scratch("b", (2, part.values.shape[1]), np.float64)
         np.add.reduce(part.values, 0, np.float64, mean)
         mean /= m

@@ -11,7 +11,7 @@ import numpy as np
 from plures.core.errors import WrongUse
 from plures.core.folder import method
 from plures.merge import Part, Stats, one
-from plures.tensors.deltas import given, products, weighed
+from plures.tensors.deltas import given, mixed, products
 from plures.tensors.sphere import around
 
 Array = np.ndarray[Any, Any]
@@ -56,4 +56,4 @@ class Multislerp:
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:
         """That sum."""
-        return weighed(part.values, stats[-1]["weights"])
+        return mixed(part.values, stats[-1]["weights"], normalize=False)

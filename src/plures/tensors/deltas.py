@@ -68,15 +68,6 @@ def onto(base: Array, total: Array, scale: float = 1.0) -> Array:
     return np.add(base, total, out=total)
 
 
-def weighed(values: Array, weights: Array) -> Array:
-    """The sum of `[m, n]` by weight in float64, float32 `[n]`; takes the place of the first row."""
-    wide = scratch("a", values.shape, np.float64)
-    wide[:] = values
-    values[0] = np.dot(weights, wide, out=scratch("b", values.shape[1], np.float64))
-    out: Array = values[0]
-    return out
-
-
 def count(shape: tuple[int, ...], density: Array) -> Array:
     """How many elements a share of a tensor is, int64 `[m]`: rounded down, as mergekit has it."""
     n = int(np.prod(shape))
@@ -179,12 +170,15 @@ def crumbs_by_row(deltas: Array, width: int, density: Array, gamma: Array) -> No
 
 
 def products(values: Array) -> Array:
-    """The inner products of the rows of `[m, n]`, float64 `[m, m]`, summed in an order that pieces do not change."""
-    m, out, wide = len(values), np.zeros((len(values), len(values))), scratch("a", values.shape, np.float64)
-    wide[:] = values
+    """The inner products of the rows of `[m, n]`, float64 `[m, m]`; each in float32, where that holds it."""
+    m, out, wide = len(values), np.zeros((len(values), len(values))), values
     for i in range(m):
         for j in range(i, m):
-            out[i, j] = out[j, i] = float(np.dot(wide[i], wide[j]))
+            found = float(np.dot(wide[i], wide[j]))
+            if not np.isfinite(found) and wide is values:
+                wide = values.astype(np.float64)
+                found = float(np.dot(wide[i], wide[j]))
+            out[i, j] = out[j, i] = found
     return out
 
 
