@@ -11,7 +11,7 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check -q
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   a fleet of variants, trained on real text, in a few minutes"
+	@echo "make demo   the whole tour on real text, from rows to served variants, in a few minutes"
 	@echo "make test   the tests"
 	@echo "make check  lint, types, layers"
 	@echo "make bench  the benchmarks (long)"
@@ -19,7 +19,7 @@ help:
 $(VENV)/.base: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Plures needs Python 3.11 or newer on the PATH"; exit 2; }
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $$($(RUN)/python tools/torch_index.py) -c constraints.txt -e .
+	$(PIP) install $$($(RUN)/python tools/torch_index.py) -c constraints.txt -e '.[demo]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base

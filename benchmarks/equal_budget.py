@@ -93,7 +93,7 @@ def _ready(base_folder: str, tenant: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from plures.demo import corpus
-    from plures.demo.tour import BASE
+    from plures.demo.runs import BASE
     from plures.engine.data import encode, read_rows
     from plures.engine.model import load_base, reference
 

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pool-steps", type=int, default=300)
     asked = parser.parse_args()
-    from plures.demo.tour import BASE, write_tenant
+    from plures.demo.runs import BASE, write_tenant
 
     summary = json.loads((asked.bench / "summary.json").read_text())
     steps, searched, tenants = summary["recipe"]["steps"], summary["search_tenant"], summary["tenants"]

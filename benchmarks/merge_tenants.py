@@ -73,7 +73,7 @@ class Judge:
     """The base and the tenants' held-out windows; scores models in bits per byte."""
 
     def __init__(self, data: Path) -> None:
-        from plures.demo.tour import BASE, fast_bfloat16
+        from plures.demo.runs import BASE, fast_bfloat16
         from plures.engine.data import HeldOut, encode, held_out
         from plures.engine.model import load_base, reference
         from plures.engine.rows import read_rows
@@ -120,7 +120,7 @@ class Judge:
 def trained(folder: Path, data: Path, seed: int) -> None:
     """A fleet with a variant for each tenant, and each as an adapter folder."""
     from plures.core.recipe import load
-    from plures.demo.tour import BASE, fast_bfloat16
+    from plures.demo.runs import BASE, fast_bfloat16
     from plures.flows.fleet import Fleet
     from plures.flows.recipes import TrainRecipe
     from plures.flows.train import train
@@ -147,7 +147,7 @@ def kept(bits: Bits, base: Bits, own: Bits) -> Bits:
 def one(judge: Judge, folder: Path, seed: int, tenants: Sequence[str], name: str, said: Said,
         ends: dict[str, dict[str, Bits]]) -> Said:  # fmt: skip
     """Merge some tenants by a method: its tries on validation text, and the best of them on test text."""
-    from plures.demo.tour import BASE
+    from plures.demo.runs import BASE
     from plures.flows import merge as flow
     from plures.flows.merge_recipe import parse
 
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="keep the fleets there, and take those that are there")
     seeds, folder = parser.parse_args().seeds, parser.parse_args().folder
-    from plures.demo.tour import write_tenant
+    from plures.demo.runs import write_tenant
 
     torch.set_num_threads(1)
     began, cpu = time.time(), time.process_time()

@@ -46,7 +46,7 @@ from torch import Tensor
 from plures.core.errors import BadInput
 from plures.demo import corpus
 from plures.demo.corpus import Document
-from plures.demo.tour import BASE, WINDOW_TOKENS, fast_bfloat16
+from plures.demo.runs import BASE, WINDOW_TOKENS, fast_bfloat16
 from plures.engine.data import encode, pack, read_rows
 from plures.engine.model import Base, load_base, reference
 from plures.tensors import safe

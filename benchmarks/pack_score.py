@@ -98,7 +98,7 @@ def scored_base() -> Any:
 
     Raises: BadInput where it is not the base that the held-out text was made for.
     """
-    from plures.demo.tour import BASE
+    from plures.demo.runs import BASE
 
     ref = reference(str(BASE))
     made_for = json.loads(safe.metadata(HELD_OUT)["plures"])["base"]

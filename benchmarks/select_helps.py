@@ -25,7 +25,7 @@ from typing import Any
 
 from machine import describe, write_result
 
-PIECE, TARGET, STEPS, SEEDS = 500, 40, 60, (0, 1, 2)
+STEPS, SEEDS = 60, (0, 1, 2)
 RATES = (3.5e-3, 7e-3, 1.4e-2, 2.8e-2)
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
@@ -36,38 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "tarot": {"method": "tarot"},
     "tarot, gradients": {"method": "tarot"},
 }
-
-
-def pieces(text: str) -> list[str]:
-    """The text in pieces of about `PIECE` characters, cut between lines."""
-    out, now = [], ""
-    for line in text.splitlines(keepends=True):
-        now += line
-        if len(now) >= PIECE:
-            out.append(now)
-            now = ""
-    return [*out, now] if len(now) > PIECE // 2 else out
-
-
-def spoilt(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The pool's rows with their kind, and those of the target."""
-    from plures.demo import corpus
-
-    r = random.Random(seed)
-    good = [p for d in corpus.tenant("topics").train for p in pieces(d.text)]
-    strangers = ("headers", "bytecode", "unicode", "web")
-    others = [p for t in strangers for d in corpus.tenant(t).train for p in pieces(d.text)]
-    copies = []
-    for text in r.sample(good, len(good) // 4):
-        words = text.split(" ")
-        copies.append(" ".join(r.choice(words) if r.random() < 0.05 else w for w in words))
-    noise = [" ".join("".join(r.sample(w, len(w))) for w in text.split(" ")) for text in
-             r.choices(good, k=(2 * len(good) + len(copies)) // 9)]  # fmt: skip
-    rows = [*(("on target", t) for t in good), *(("copy", t) for t in copies), *(("noise", t) for t in noise)]
-    rows += [("off target", t) for t in r.sample(others, len(rows))]
-    r.shuffle(rows)
-    valid = [p for d in corpus.tenant("topics").valid for p in pieces(d.text)]
-    return [{"kind": k, "text": t} for k, t in rows], [{"text": t} for t in valid[:TARGET]]
 
 
 def choose(name: str, seed: int, folder: Path) -> tuple[Path, dict[str, int]]:
@@ -102,7 +70,7 @@ def run(said: tuple[str, int, float, str, str]) -> dict[str, Any]:
     import torch
 
     from plures.core.recipe import load
-    from plures.demo.tour import fast_bfloat16
+    from plures.demo.runs import fast_bfloat16
     from plures.engine.score import Score
     from plures.flows.recipes import TrainRecipe
     from plures.flows.train import train
@@ -128,17 +96,18 @@ def main() -> None:
     parser.add_argument("--only", default="")
     workers, only = parser.parse_args().workers, parser.parse_args().only
     from plures.core.recipe import load
-    from plures.demo import corpus, tour
+    from plures.demo import corpus, runs
+    from plures.demo import pool as pools
     from plures.flows.fleet import Fleet
     from plures.flows.rate import rate
     from plures.flows.recipes import RateRecipe
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pool, target = spoilt()
+        pool, target = pools.spoilt()
         for part, rows in (("pool", pool), ("target", target)):
             (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tour.write_tenant("topics", folder)
+        runs.write_tenant("topics", folder)
         Fleet(folder / "fleet", base=str(corpus_base())).close()
         for part in ("pool", "target"):
             rate(load(RateRecipe, {"fleet": f"{name}/fleet", "rows": str(folder / f"{part}.jsonl"), "max_tokens": 256,

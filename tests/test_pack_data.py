@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from plures.core.errors import WrongUse
-from plures.demo.tour import BASE
+from plures.demo.runs import BASE
 from plures.engine.model import load_base, reference
 from plures.loss.sft import summed_loss
 

@@ -250,7 +250,8 @@ CASES = {
     "deita": ("deita 20000", "DEITA's filter, 20,000 rows to 2,000", ("deita 20000",)),
 }  # fmt: skip
 """Of each case of select_rows.json ours, what it is, and the peers beside it."""
-PEERS = {"features": "apricot", "cut": "apricot", "vendi": "vendi-score", "mig": "MIG's own", "deita": "DEITA's own"}
+PEERS = {"features": "apricot", "cut": "apricot", "vendi": "vendi-score", "mig": "the authors'", "deita": "the authors'"}
+APOSTROPHE = "'"
 
 
 def select_rows(said: dict[str, Any], brief: bool) -> str:
@@ -278,7 +279,7 @@ def select_rows(said: dict[str, Any], brief: bool) -> str:
             times = f"1/{faster:.0f}" if faster >= 2 else f"{1 / faster:.2f}"
             rows.append((what, name, f"{mine['cpu_s']:.3f}", f"{theirs['cpu_s']:.2f}", times,
                          f"{mine['more_mb']:.0f}", f"{theirs['more_mb']:.0f}", same))  # fmt: skip
-            told.append(f"{what.split(',')[0]} {times} of {name}'s")
+            told.append(f"{what.split(', ')[0]} {times} of {name}{'' if name[-1] == APOSTROPHE else APOSTROPHE + 's'}")
     if brief:
         return f"CPU time of one thread, in one run: {'; '.join(told)}."
     text = table("case | peer | CPU s: | its: | ratio: | MB more: | its: | answer", rows)

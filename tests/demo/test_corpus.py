@@ -8,7 +8,7 @@ import pytest
 
 from plures.core.errors import WrongUse
 from plures.demo import corpus
-from plures.demo.tour import BASE, CONTENDERS, DEFAULT_TENANTS, chosen, summarise
+from plures.demo.runs import BASE, CONTENDERS, DEFAULT_TENANTS, chosen, summarise
 
 ALWAYS = ("asyncio", "bytecode", "email", "topics", "unicode", "unittest", "web", "xml")
 

@@ -19,7 +19,7 @@ def command(
     ] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Train a small fleet with MoS and LoRA on real text, score it, and write one page."""
+    """Choose rows, train a small fleet, merge, pack and serve it, on real text, and write one page."""
     from plures.demo.tour import run
 
     told = run(out, tenants, seeds, steps, workers, quiet=json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plures.demo.tour import BASE, fast_bfloat16, write_tenant
+from plures.demo.runs import BASE, fast_bfloat16, write_tenant
 
 NOTES = {
     "lora": "lora-r1 and spm are one and the same map but for alpha (16 and 1), and so for the rates that were tried: "

@@ -1,247 +1,31 @@
-"""The demo: a fleet of small variants of one base, trained, scored, exported and asked, on real text."""
+"""The demo: choose rows, train variants, merge, pack, serve, roll back, on real text; and a page with what came of it.
+
+Every step says the command lines that do the same. What the step itself calls is the flow behind the command, with the
+recipe that the command line would make.
+"""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from plures.core.errors import WrongUse, nearest
+from plures.core.errors import WrongUse
 from plures.core.events import read_events
-from plures.demo import corpus
+from plures.demo import pool, runs
+from plures.demo.runs import BASE, CONTENDERS, PICKER, WINDOW_TOKENS, Contender, Job, Say, line
 
-BASE = Path(__file__).parent / "base"
-MARK = ".plures-demo"
-DEFAULT_TENANTS = ("topics", "bytecode", "unicode")  # prose, disassembly and a table: what the base knows least
-WINDOW_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One method at one size, with its learning rate; `rates` are those of tenants that have their own.
-
-    All were chosen by benchmarks/equal_budget.py on validation text, one search for each method and tenant.
-    """
-
-    name: str
-    adapt: dict[str, Any]
-    lr: float
-    rates: Mapping[str, float] = field(default_factory=dict)
-
-    def rate(self, tenant: str) -> float:
-        """The learning rate on a tenant's text."""
-        return self.rates.get(tenant, self.lr)
-
-
-CONTENDERS = (
-    Contender("lora-r1", {"method": "lora", "r": 1}, 7e-3, {"bytecode": 1.4e-2}),
-    Contender("mos-e1", {"method": "mos", "r": 8, "e": 1, "l": 4, "p": 0}, 1.4e-2, {"bytecode": 2.8e-2}),
-    Contender("lora-r8", {"method": "lora", "r": 8}, 1.4e-2),
-)
-"""LoRA and MoS at equal parameters, and LoRA with eight times as many."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One variant to train."""
-
-    fleet: str
-    tenant: str
-    contender: Contender
-    seed: int
-    steps: int
-    data: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.tenant}-{self.contender.name}" + (f"-s{self.seed}" if self.seed else "")
-
-
-def train_one(job: Job) -> dict[str, Any]:
-    """Train and publish one variant in this process; returns its row of the table."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from plures.core.recipe import load
-    from plures.engine.score import Score
-    from plures.flows.recipes import TrainRecipe
-    from plures.flows.train import train
-
-    recipe = load(TrainRecipe, {
-        "fleet": job.fleet, "name": job.name, "adapt": job.contender.adapt, "seed": job.seed,
-        "data": {"train": f"{job.data}/train.jsonl", "held_out": f"{job.data}/test.jsonl", "max_tokens": WINDOW_TOKENS},
-        "train": {
-            "steps": job.steps, "batch_rows": 4, "lr": job.contender.rate(job.tenant), "threads": 1,
-            "autocast": fast_bfloat16(),
-        },
-    })  # fmt: skip
-    start = time.process_time()
-    done = train(recipe)
-    assert isinstance(done.outcome.score, Score)
-    return {
-        "tenant": job.tenant, "contender": job.contender.name, "seed": job.seed, "ref": done.version.ref,
-        "trained": done.version.trained, "n_bytes": done.version.n_bytes,
-        "bits_per_byte": done.outcome.score.bits_per_byte,
-        "cpu_s": round(time.process_time() - start, 1), "run": str(done.run),
-    }  # fmt: skip
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself: a training step is then about 1.5 times as fast."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def chosen(tenants: str) -> list[str]:
-    """The tenants that are meant, checked against what this Python supplies."""
-    have = corpus.tenants()
-    if tenants == "all":
-        return have
-    names = tenants.split(",") if tenants else list(DEFAULT_TENANTS)
-    for name in names:
-        if name not in have:
-            raise WrongUse(f"no tenant {name!r} here.{nearest(name, have)} There are: {', '.join(have)}")
-    return names
-
-
-def write_tenant(name: str, folder: Path) -> corpus.Tenant:
-    """Write one tenant's splits as JSONL."""
-    got = corpus.tenant(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "valid", "test"):
-        lines = (json.dumps({"text": d.text, "source": d.name}) for d in getattr(got, part))
-        (folder / f"{part}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return got
-
-
-def run(
-    out: str, tenants: str = "", seeds: int = 1, steps: int = 100, workers: int = 0, quiet: bool = False
-) -> dict[str, Any]:
-    """Run the whole demo into folder `out` (made anew) and return what was measured.
-
-    Raises: WrongUse where `out` holds something that is not an earlier demo.
-    """
-    start = time.monotonic()
-    say: Callable[[str], None] = (lambda _: None) if quiet else (lambda text: print(text, flush=True))
-    names, folder = chosen(tenants), _fresh(Path(out))
-    import torch
-
+if TYPE_CHECKING:
     from plures.flows.fleet import Fleet
 
-    torch.set_num_threads(1)  # scoring here is short, and spinning threads are slow on a busy machine
-    facts = json.loads((BASE / "training.json").read_text())
-    say(f"base: a Llama of 2.8 million parameters, trained on {facts['tokens_seen'] / 1e6:.0f} million tokens of "
-        f"Python {facts['python']}'s standard library; tenants: {', '.join(names)}")  # fmt: skip
-    fleet_path = folder / "demo.fleet"
-    repeated = {n: write_tenant(n, folder / "data" / n).repeated_share for n in names}
-    with Fleet(fleet_path, base=str(BASE)) as fleet:
-        jobs = [
-            Job(str(fleet_path), n, c, s, steps, str(folder / "data" / n))
-            for s in range(seeds)
-            for n in names
-            for c in CONTENDERS
-        ]
-        say(f"training {len(jobs)} variants of {steps} steps each …")
-        rows = _train_all(jobs, workers, say)
-        base_bits = {
-            n: fleet.score(None, str(folder / "data" / n / "test.jsonl"), max_tokens=WINDOW_TOKENS).bits_per_byte
-            for n in names
-        }
-        told: dict[str, Any] = {
-            "tenants": names, "seeds": seeds, "steps": steps, "base_bits_per_byte": base_bits, "rows": rows,
-            "repeated_share": repeated, "summary": summarise(rows, base_bits),
-        }  # fmt: skip
-        say("\n" + _table(told))
-        for ref in (f"{n}-mos-e1" for n in names):
-            fleet.store.alias(ref, "prod")
-        lora = fleet[f"{names[0]}-mos-e1@prod"].export(folder / f"{names[0]}-as-lora", "lora")
-        told["answers"] = _ask(fleet, names)
-        told["fsck"] = fleet.store.fsck().problems
-        told["usage"] = fleet.store.usage()
-    from plures.demo.page import write_page
-
-    told["seconds"] = round(time.monotonic() - start, 1)
-    (folder / "demo.json").write_text(json.dumps(told, indent=1) + "\n")
-    curves = {(r["tenant"], r["contender"]): _curve(Path(r["run"])) for r in rows if r["seed"] == 0}
-    page = write_page(folder / "index.html", told, curves)
-    say(_farewell(fleet_path, names, lora, page, told))
-    return told
-
-
-def _fresh(folder: Path) -> Path:
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARK).exists():
-            raise WrongUse(f"{str(folder)!r} exists and is no earlier demo; name another folder with --out")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
-    return folder
-
-
-def _train_all(jobs: list[Job], workers: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Train all jobs, one process and one thread each: at this size that beats one process with many threads."""
-    workers = workers or min(4, os.cpu_count() or 1)
-    rows = []
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(train_one, job) for job in jobs]):
-            row = done.result()
-            rows.append(row)
-            say(
-                f"  {row['ref']:24s} {row['trained']:>8,} numbers  {row['bits_per_byte']:.4f} bits/byte  "
-                f"{row['cpu_s']:5.1f} CPU s"
-            )
-    return sorted(rows, key=lambda r: (r["seed"], r["tenant"], r["contender"]))
-
-
-def summarise(rows: list[dict[str, Any]], base_bits: dict[str, float]) -> dict[str, Any]:
-    """Means over tenants and seeds, and the paired gain of MoS over LoRA at equal parameters."""
-    by = {(r["tenant"], r["contender"], r["seed"]): r["bits_per_byte"] for r in rows}
-    names = sorted({r["contender"] for r in rows})
-    pairs = [by[(t, "lora-r1", s)] - by[(t, c, s)] for (t, c, s) in by if c == "mos-e1"]
-    wide = [by[(t, c, s)] - by[(t, "lora-r8", s)] for (t, c, s) in by if c == "mos-e1"]
-    return {
-        "mean_bits_per_byte": {"base": mean(base_bits.values())}
-        | {n: mean(v for (_, c, _), v in by.items() if c == n) for n in names},
-        "trained": {r["contender"]: r["trained"] for r in rows},
-        "mos_gain_at_equal_parameters": mean(pairs),
-        "mos_wins_at_equal_parameters": f"{sum(p > 0 for p in pairs)} of {len(pairs)}",
-        "mos_behind_lora_of_8x": mean(wide),
-    }
-
-
-def _table(told: dict[str, Any]) -> str:
-    """The measured numbers as text; the mean over seeds where there are several."""
-    names = [c.name for c in CONTENDERS]
-    trained = told["summary"]["trained"]
-    lines = ["held-out bits per byte (less is better)", f"{'':10s}{'base':>10s}" + "".join(f"{n:>12s}" for n in names)]
-    lines.append(f"{'trained':10s}{0:>10,}" + "".join(f"{trained[n]:>12,}" for n in names))
-    for tenant in told["tenants"]:
-        row = {
-            n: mean(r["bits_per_byte"] for r in told["rows"] if r["tenant"] == tenant and r["contender"] == n)
-            for n in names
-        }
-        lines.append(
-            f"{tenant:10s}{told['base_bits_per_byte'][tenant]:>10.4f}" + "".join(f"{row[n]:>12.4f}" for n in names)
-        )
-    means = told["summary"]["mean_bits_per_byte"]
-    lines.append(f"{'mean':10s}{means['base']:>10.4f}" + "".join(f"{means[n]:>12.4f}" for n in names))
-    summary = told["summary"]
-    equal, wide = summary["mos_gain_at_equal_parameters"], summary["mos_behind_lora_of_8x"]
-    lines.append(
-        f"MoS against LoRA at equal parameters: {abs(equal):.4f} bits per byte {'better' if equal > 0 else 'worse'} "
-        f"on the mean, better on {summary['mos_wins_at_equal_parameters']} pairs. Against LoRA with 8x the parameters: "
-        f"{abs(wide):.4f} {'worse' if wide > 0 else 'better'}."
-    )
-    return "\n".join(lines)
-
-
+MARK = ".plures-demo"
+PICKED = "topics-tenth"  # trained on a tenth of a pool: version 1 on chosen rows, version 2 on random ones
+MERGED, KEPT = "merged", "lora-r8"  # the sum of two tenants' variants of this contender
 PROMPTS = {
     "topics": "The `with` statement\n",
     "asyncio": "    async def wait_closed(self):\n",
@@ -256,27 +40,217 @@ PROMPTS = {
 }
 
 
-def _ask(fleet: Any, names: list[str]) -> list[dict[str, str]]:
-    """Ask every tenant's variant and the base the same thing, all rows in one batch."""
-    asked = [(ref, PROMPTS[n]) for n in names for ref in (f"{n}-mos-e1@prod", None)]
-    answers = fleet.generate(asked, max_tokens=40)
-    return [{"ref": r or "base", "prompt": p, "text": a.text} for (r, p), a in zip(asked, answers, strict=True)]
+class Tour:
+    """One run of the demo: its folder, what was measured, the commands, and how long each step took."""
+
+    def __init__(self, folder: Path, names: list[str], seeds: int, steps: int, workers: int, say: Say) -> None:
+        self.folder, self.names, self.seeds, self.steps, self.workers, self.say = (
+            folder, names, seeds, steps, workers, say)  # fmt: skip
+        self.path, self.packed = folder / "demo.fleet", folder / "demo.packed.fleet"
+        self.told: dict[str, Any] = {"tenants": names, "seeds": seeds, "steps": steps}
+        self.commands: dict[str, list[str]] = {}
+        self.took: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str, what: str) -> Iterator[list[str]]:
+        """A step: it is announced and timed, and its commands are kept."""
+        self.say(f"\n{what}")
+        began = time.monotonic()
+        said = self.commands.setdefault(name, [])
+        yield said
+        self.took[name] = round(time.monotonic() - began, 1)
+        for command in said[:3] + (["…"] if len(said) > 3 else []):
+            self.say(f"  $ {command}")
+
+    def test(self, tenant: str) -> str:
+        """The file of a tenant's held-out text."""
+        return str(self.folder / "data" / tenant / "test.jsonl")
+
+    def bits(self, fleet: Fleet, ref: str | None, tenant: str) -> float:
+        """Bits per byte of a tenant's held-out text."""
+        return fleet.score(ref, self.test(tenant), max_tokens=WINDOW_TOKENS).bits_per_byte
+
+    def select(self) -> None:
+        """A tenth of a spoilt pool, by what resembles the target, and at random."""
+        from plures.core.recipe import load
+        from plures.flows.embed import embed
+        from plures.flows.recipes import EmbedRecipe, SelectRecipe
+        from plures.flows.select import select
+
+        data = self.folder / "data"
+        rows, target = pool.spoilt()
+        files = {"pool": pool.write(data / "pool.jsonl", rows), "target": pool.write(data / "target.jsonl", target)}
+        with self.step("select", f"choosing a tenth of {len(rows):,} rows, of which half are another's …") as said:
+            vectors = {of: f"{path}.emb" for of, path in files.items()}
+            for of, path in files.items():
+                said.append(line("embed", recipe := {"pool": str(path), "out": vectors[of]}))
+                embed(load(EmbedRecipe, recipe))
+            common = {"pool": str(files["pool"]), "budget": "10%", "features": vectors["pool"]}
+            chosen = {"target": vectors["target"], "report": str(self.folder / "choice.html")}
+            for name, method, more in (("chosen", "tsds", chosen), ("random", "random", {})):
+                recipe = {**common, "select": {"method": method}, "out": str(data / f"{name}.jsonl"), **more}
+                said.append(line("select", recipe))
+                select(load(SelectRecipe, recipe))
+        self.told["target_rows"] = len(target)
+        self.told["kinds"] = {"pool": pool.kinds(files["pool"])} | {
+            name: pool.kinds(data / f"{name}.jsonl") for name in ("chosen", "random")}  # fmt: skip
+
+    def job(self, name: str, tenant: str, contender: Contender, train: str, seed: int = 0, steps: int = 0) -> Job:
+        """A variant of the demo's fleet."""
+        return Job(str(self.path), name, tenant, contender, seed, steps or self.steps, train, self.test(tenant))
+
+    def train(self, fleet: Fleet) -> None:
+        """Each tenant's variants, and two versions of one that reads a tenth of the pool."""
+        data = self.folder / "data"
+        chains = [
+            [self.job(f"{n}-{c.name}" + (f"-s{s}" if s else ""), n, c, str(data / n / "train.jsonl"), s)]
+            for s in range(self.seeds) for n in self.names for c in CONTENDERS
+        ]  # fmt: skip
+        few = max(1, self.steps * 3 // 5)
+        picked = [self.job(PICKED, "topics", PICKER, str(data / f"{rows}.jsonl"), steps=few)
+                  for rows in ("chosen", "random")]  # fmt: skip
+        jobs = [job for chain in [*chains, picked] for job in chain]
+        with self.step("train", f"training {len(jobs)} variants of {self.steps} steps or fewer …") as said:
+            *rows, tenth = runs.train_all([*chains, picked], self.workers, self.say)
+            said += [line("train", job.recipe()) for job in jobs]
+        self.told["rows"] = sorted((r for chain in rows for r in chain),
+                                   key=lambda r: (r["seed"], r["tenant"], r["contender"]))  # fmt: skip
+        self.told["tenth"] = [{"rows": rows, **row} for rows, row in zip(("chosen", "random"), tenth, strict=True)]
+        base_bits = {n: self.bits(fleet, None, n) for n in self.names}
+        self.told |= {"base_bits_per_byte": base_bits, "summary": runs.summarise(self.told["rows"], base_bits)}
+        self.told["tenth_base"] = base_bits.get("topics") or self.bits(fleet, None, "topics")
+        self.say("\n" + runs.table(self.told))
+
+    def merge(self, fleet: Fleet) -> None:
+        """Half of each of two tenants' variants, as one; with one tenant, its own and the one on chosen rows."""
+        from plures.flows.combine import combine
+
+        two = [f"{n}-{KEPT}" for n in (self.names[0], self.names[-1])]
+        two = two if two[0] != two[1] else [two[0], f"{PICKED}@1"]
+        tenants = list(dict.fromkeys((self.names[0], self.names[-1])))
+        with self.step("merge", f"merging {' and '.join(two)} …") as said:
+            said.append(shlex.join(["plures", "merge", *(f"{ref}=0.5" for ref in two), "--name", MERGED,
+                                    "--fleet", str(self.path)]))  # fmt: skip
+            done = combine(self.path, dict.fromkeys(two, 0.5), MERGED)
+            said += [shlex.join(["plures", "score", ref, self.test(n), "--max-tokens", str(WINDOW_TOKENS), "--fleet",
+                                 str(self.path)]) for n in tenants for ref in (*two, MERGED)]  # fmt: skip
+            bits = {n: {"base": self.told["base_bits_per_byte"][n]}
+                    | {ref: self.bits(fleet, ref, n) for ref in (*two, MERGED)} for n in tenants}  # fmt: skip
+        self.told["merged"] = {"of": two, "rank": done.rank, "error": done.error, "bits_per_byte": bits}
+        for n, found in bits.items():
+            self.say(f"  {n}: " + ", ".join(f"{ref} {value:.4f}" for ref, value in found.items()))
+
+    def pack(self) -> None:
+        """All variants in fewer bytes, and what is left of the gain."""
+        from plures.core.recipe import load
+        from plures.flows.fleet import Fleet
+        from plures.flows.pack import pack
+        from plures.flows.recipes import PackRecipe
+
+        recipe = {"fleet": str(self.path), "out": str(self.packed), "compare": True}
+        with self.step("pack", "packing the fleet …") as said:
+            said.append(line("pack", recipe))
+            done = pack(load(PackRecipe, recipe))
+            with Fleet(self.packed) as fleet:
+                after = {f"{n}-{KEPT}": self.bits(fleet, f"{n}-{KEPT}", n) for n in self.names}
+        before = {f"{r['tenant']}-{r['contender']}": r["bits_per_byte"] for r in self.told["rows"] if not r["seed"]}
+        self.told["packed"] = {
+            "shared_bytes": done.shared_bytes, "lines": [vars(x) for x in done.lines],
+            "compared": [vars(c) for c in done.compared],
+            "bits_per_byte": {ref: {"base": self.told["base_bits_per_byte"][ref.removesuffix(f"-{KEPT}")],
+                                    "before": before[ref], "after": value} for ref, value in after.items()},
+        }  # fmt: skip
+        self.say("\n".join(f"  {text}" for text in done.told()))
+
+    def serve(self) -> None:
+        """Three variants asked at once over HTTP; a release, and back."""
+        from plures.demo.served import serve_and_ask
+
+        refs = [(f"{n}-mos-e1", PROMPTS[n]) for n in self.names[:3]]
+        refs += [(MERGED, PROMPTS[self.names[0]]), (f"{PICKED}@prod", PROMPTS["topics"])][: 3 - len(refs)]
+        with self.step("serve", "serving the fleet, asking three variants at once …") as said:
+            said += [shlex.join(["plures", "alias", f"{PICKED}@1", "prod", "--fleet", str(self.path)]),
+                     shlex.join(["plures", "serve", "--open", "--fleet", str(self.path)])]  # fmt: skip
+            done = serve_and_ask(self.path, refs, PICKED, PROMPTS["topics"])
+            said += [shlex.join(["plures", "alias", f"{PICKED}@{v}", "prod", "--fleet", str(self.path)])
+                     for v in (2, 1)]  # fmt: skip
+        self.told["served"] = done
+        many, steps = len(done["answers"]), done["steps"]
+        self.say(f"  {many} answers by {done['client']}: {done['tokens']} tokens in {steps} steps of the engine")
+        self.say("  " + "; ".join(f"{t['when']}: {t['by']}" for t in done["turns"]))
+
+
+def run(
+    out: str, tenants: str = "", seeds: int = 1, steps: int = 100, workers: int = 0, quiet: bool = False
+) -> dict[str, Any]:
+    """Run the whole demo into folder `out` (made anew) and return what was measured.
+
+    Raises: WrongUse where `out` holds something that is not an earlier demo.
+    """
+    start = time.monotonic()
+    say: Callable[[str], None] = (lambda _: None) if quiet else (lambda text: print(text, flush=True))
+    names, folder = runs.chosen(tenants), _fresh(Path(out))
+    import torch
+
+    from plures.flows.fleet import Fleet
+
+    torch.set_num_threads(1)  # scoring here is short, and spinning threads are slow on a busy machine
+    facts = json.loads((BASE / "training.json").read_text())
+    say(f"base: a Llama of 2.8 million parameters, trained on {facts['tokens_seen'] / 1e6:.0f} million tokens of "
+        f"Python {facts['python']}'s standard library; tenants: {', '.join(names)}")  # fmt: skip
+    tour = Tour(folder, names, seeds, steps, workers, say)
+    tour.told["repeated_share"] = {
+        n: runs.write_tenant(n, folder / "data" / n).repeated_share for n in dict.fromkeys([*names, "topics"])}
+    tour.commands["init"] = [shlex.join(["plures", "init", str(tour.path), "--base", str(BASE)])]
+    with Fleet(tour.path, base=str(BASE)) as fleet:
+        tour.select()
+        tour.train(fleet)
+        tour.merge(fleet)
+        tour.pack()
+        for ref in (*(f"{n}-mos-e1" for n in names), f"{PICKED}@1"):
+            fleet.store.alias(ref, "prod")
+        lora = fleet[f"{names[0]}-mos-e1@prod"].export(folder / f"{names[0]}-as-lora", "lora")
+        tour.commands["export"] = [shlex.join(["plures", "export", f"{names[0]}-mos-e1@prod", str(lora), "--as", "lora",
+                                               "--fleet", str(tour.path)])]  # fmt: skip
+        tour.serve()
+        tour.told |= {"fsck": list(fleet.store.fsck().problems), "usage": fleet.store.usage()}
+    from plures.demo.page import write_page
+
+    told = tour.told | {"commands": tour.commands, "took": tour.took, "seconds": round(time.monotonic() - start, 1)}
+    (folder / "demo.json").write_text(json.dumps(told, indent=1) + "\n")
+    curves = {(r["tenant"], r["contender"]): _curve(Path(r["run"])) for r in told["rows"] if r["seed"] == 0}
+    page = write_page(folder / "index.html", told, curves)
+    say(_farewell(tour.path, names, lora, page, told))
+    return told
+
+
+def _fresh(folder: Path) -> Path:
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARK).exists():
+            raise WrongUse(f"{str(folder)!r} exists and is no earlier demo; name another folder with --out")
+        mark = folder / MARK
+        for path in folder.iterdir():  # the mark goes last: a demo that is stopped here is still known as one
+            if path != mark:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+    return folder
 
 
 def _curve(run: Path) -> list[tuple[int, float]]:
     return [(e["step"], e["loss"]) for e in read_events(run / "events.jsonl") if e["kind"] == "step"]
 
 
-def _farewell(fleet: Path, names: list[str], lora: Path, page: Path, told: dict[str, Any]) -> str:
-    n = names[0]
+def _farewell(fleet: Path, names: list[str], lora: Path, page: Path, told: Mapping[str, Any]) -> str:
+    n, usage = names[0], told["usage"]
     return f"""
-{len(told["rows"])} variants are in {fleet} ({told["usage"]["bytes"]:,} bytes, fsck clean: {not told["fsck"]});
-{n}'s is also exported as plain LoRA in {lora}. The page with the curves: {page}
+{usage["n_versions"]} variants are in {fleet} ({usage["bytes"]:,} bytes, fsck clean: {not told["fsck"]});
+{n}'s is also exported as plain LoRA in {lora}. The page with tables, pictures and commands: {page}
 That took {told["seconds"]:.0f} s. Look around (plures is in .venv/bin):
   plures list --fleet {fleet}
   plures generate {n}-mos-e1@prod base -p 'def main(' --fleet {fleet}
   plures serve --open --fleet {fleet}      # all of them over HTTP, with OpenAI's API
-Now your own model and data:
+Now your own model and data (docs/first-hour.md):
   plures init acme.fleet --base org/model-or-folder
   plures train fleet=acme.fleet name=support data.train=tickets.jsonl adapt.method=mos --plan
   plures recipe train > support.yaml      # every key, explained"""
