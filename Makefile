@@ -44,15 +44,12 @@ check: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(RUN)/python tools/write_docs.py
 
+# those that need no environment of another library; the others say in their first lines how they are run
+BENCHES := train_step dpo_prefix store_bytes serve_decode serve_capacity serve_http serve_fair select_rows select_flow \
+	select_many select_helps merge_lowrank merge_tenants pack_measure fleet_mos bench_demo equal_budget
+
 bench: $(VENV)/.dev
-	$(RUN)/python benchmarks/train_step.py
-	$(RUN)/python benchmarks/dpo_prefix.py
-	$(RUN)/python benchmarks/store_bytes.py
-	$(RUN)/python benchmarks/serve_decode.py
-	$(RUN)/python benchmarks/serve_capacity.py
-	$(RUN)/python benchmarks/serve_http.py
-	$(RUN)/python benchmarks/serve_fair.py
-	$(RUN)/python benchmarks/equal_budget.py
+	for name in $(BENCHES); do $(RUN)/python benchmarks/$$name.py || exit 1; done
 
 size:
 	@wc -l $$(git ls-files 'src/*.py') | sort -n | tail -15

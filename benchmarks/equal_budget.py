@@ -120,7 +120,7 @@ def run(job: Job) -> dict[str, Any]:
     from plures.bridges.peft import PluresConfig
     from plures.core.errors import BadInput
     from plures.core.events import Events
-    from plures.engine.data import Batches, held_out
+    from plures.engine.data import Batches, HeldOut
     from plures.engine.loop import Settings, Trainer, evaluate
 
     base, text = _ready(job.base, job.tenant)
@@ -130,7 +130,7 @@ def run(job: Job) -> dict[str, Any]:
     n_bytes = sum(e.n_bytes for e in judged)
 
     def score() -> Iterator[dict[str, torch.Tensor]]:
-        return held_out(judged, 8, TOKENS, 0)
+        return HeldOut(judged, 8, TOKENS, 0)
 
     zero = (
         _kept.setdefault(("zero", job.tenant, job.split), None)

@@ -74,7 +74,7 @@ class Judge:
 
     def __init__(self, data: Path) -> None:
         from plures.demo.runs import BASE, fast_bfloat16
-        from plures.engine.data import HeldOut, encode, held_out
+        from plures.engine.data import HeldOut, encode
         from plures.engine.model import load_base, reference
         from plures.engine.rows import read_rows
         from plures.flows.objective import pad_id
@@ -85,7 +85,7 @@ class Judge:
         for tenant, (part, many) in itertools.product(TENANTS, WINDOWS.items()):
             every = encode(read_rows(str(data / tenant / f"{part}.jsonl")), self.whole.tokenizer, max_tokens=WINDOW)
             some = [every[i * len(every) // many] for i in range(min(many, len(every)))]
-            self.batches[tenant, part] = held_out(some, BATCH_ROWS, WINDOW, pad_id(self.whole))
+            self.batches[tenant, part] = HeldOut(some, BATCH_ROWS, WINDOW, pad_id(self.whole))
 
     def score(self, model: Any, tenants: Sequence[str], part: str) -> Bits:
         """By tenant; on test text in float32, on validation text as the variants were trained."""

@@ -10,13 +10,12 @@ dependency; the official codes of MIG and DEITA run from clones of their reposit
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from typing import Any
 
 import numpy as np
-from select_workload import covered, rows, tags
+from select_workload import covered, peak_mb, rows, tags
 
 
 def apricot(X: Any, k: int) -> Any:
@@ -151,14 +150,13 @@ def deita(X: Any, k: int) -> Any:
 def main() -> None:
     name, n = sys.argv[1], int(sys.argv[2])
     X = rows(n)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if len(X) > 5000:  # neither imports nor compiled loops are charged
         globals()[name](X[:5000] if name in ("hnswlib", "faiss") else X[:500], 5)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb(anew=True)
     began = time.process_time()
     got = globals()[name](X, max(1, n // 100))
     spent = time.process_time() - began
-    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    more = peak_mb() - before
     said: dict[str, Any] = {"name": name, "n": n, "cpu_s": spent, "more_mb": more}
     got = np.asarray(got)
     if got.ndim == 0:

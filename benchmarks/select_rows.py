@@ -1,4 +1,4 @@
-"""Facility location and the neighbour graph beside the libraries that users would pick; one thread, CPU seconds.
+"""Choosing rows beside the libraries that users would pick: ten cases, one thread, CPU seconds.
 
     OMP_NUM_THREADS=1 python benchmarks/select_rows.py --peers /tmp/peers/bin/python [--large]
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ HERE = Path(__file__).parent
 def ours(case: str, n: int) -> dict[str, Any]:
     """One case in this process."""
     import numpy as np
-    from select_workload import covered, rows
+    from select_workload import covered, peak_mb, rows
 
     from plures.choice import graph as graphs
     from plures.choice.pool import Budget, Pool
@@ -38,7 +37,7 @@ def ours(case: str, n: int) -> dict[str, Any]:
     for exact in (0, 1):
         selects.make("cover", exact=exact).choose(tiny, Budget(rows=20), rng(0))
     X, k = rows(n), max(1, n // 100)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb(anew=True)
     began = time.process_time()
     if case.startswith("graph"):
         index, _ = graphs.nearest(X, 64, rng(0), probes=12)
@@ -48,7 +47,7 @@ def ours(case: str, n: int) -> dict[str, Any]:
         sims[np.arange(500), some] = -9
         want = np.argpartition(-sims, 64, axis=1)[:, :64]
         hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(want, index[some], strict=True)]
-        return {"cpu_s": spent, "recall": sum(hits) / 64 / 500, "more_mb": _more(before)}
+        return {"cpu_s": spent, "recall": sum(hits) / 64 / 500, "more_mb": peak_mb() - before}
     if case in OBJECTIVES:
         return objective(case, X, k)
     options: dict[str, int] = {"cover": {"swaps": 0}, "exact": {"exact": 3}}.get(case, {})
@@ -58,20 +57,19 @@ def ours(case: str, n: int) -> dict[str, Any]:
     built = time.process_time() - began
     found = selects.make("cover", **options).choose(Pool(n, X, graph=graph), Budget(rows=k), rng(0))
     spent = time.process_time() - began
-    more = _more(before)
+    more = peak_mb() - before
     return {"cpu_s": spent, "graph_cpu_s": built, "more_mb": more, "covered": covered(X, found.rows),
             "distinct": len(set(found.rows.tolist())), "certificate": found.certificate}  # fmt: skip
 
 
-OBJECTIVES = {"kcenter": "skmatter", "features": "apricot", "cut": "apricot", "vendi": "score_dual", "mig": "official",
-              "deita": "official"}  # fmt: skip
-"""Cases of which the peer's case has the same name, and whose code that is."""
+OBJECTIVES = ("kcenter", "features", "cut", "vendi", "mig", "deita")
+"""Cases that need no graph."""
 
 
 def objective(case: str, X: Any, k: int) -> dict[str, Any]:
     """One objective that needs no graph."""
     import numpy as np
-    from select_workload import tags
+    from select_workload import peak_mb, tags
 
     from plures.choice import vendi
     from plures.choice.greedy import Limits, greedy
@@ -93,7 +91,7 @@ def objective(case: str, X: Any, k: int) -> dict[str, Any]:
     X = np.abs(X) if case == "cut" else X
     score, bag, one = np.random.default_rng(3).random(n), labels(1000, 25, False), labels(4500, 8, True)
     limits = Limits(np.ones(n, np.int64), k, False, np.zeros(n, np.int32), np.array([k]), np.zeros(n, bool))
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, began = peak_mb(anew=True), time.process_time()
     more: dict[str, Any] = {}
     if case == "vendi":
         more["value"] = vendi.scores(X)[1.0]
@@ -108,7 +106,7 @@ def objective(case: str, X: Any, k: int) -> dict[str, Any]:
         options = {"deita": {"threshold": 0.9}, "cut": {"lam": 0.4}}.get(case, {})
         more["rows"] = selects.make(case, **options).choose(pool, Budget(rows=k), rng(0)).rows.tolist()
     spent = time.process_time() - began
-    return {"cpu_s": spent, "more_mb": _more(before), **more}
+    return {"cpu_s": spent, "more_mb": peak_mb() - before, **more}
 
 
 def mig_value(rows: list[int], n: int) -> float:
@@ -120,10 +118,6 @@ def mig_value(rows: list[int], n: int) -> float:
     filled = np.zeros(4500)
     np.add.at(filled, of[rows].ravel(), weight[rows].ravel())
     return float(((filled + 1e-6) ** 0.8 - 1e-6**0.8).sum())
-
-
-def _more(before: int) -> float:
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def run(command: list[str]) -> dict[str, Any]:

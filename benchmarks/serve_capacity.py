@@ -153,7 +153,7 @@ def memory(base: Any, variants: dict[str, list[Any]]) -> dict[str, Any]:
 def zipf(base: Any, seed: int = 0, n: int = 512, new: int = 24) -> dict[str, Any]:
     """The same requests to 1,000 variants through 32 slots, and to 32 variants."""
     from plures.engine.ask import Ask, Sampling
-    from plures.engine.simulate import belady
+    from plures.engine.belady import belady
 
     # a thousand identities over 64 sets of numbers: what is fetched is what is read and packed, a thousand times
     made = [make_variant(base, "mos", 1000 + i) for i in range(64)]

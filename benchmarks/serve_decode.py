@@ -72,7 +72,7 @@ def answer(engine: Any, asks: list[Any]) -> float:
 
     for ask in asks:
         engine.submit(ask, deliver)
-    while engine._waiting or any(r.n_new == 0 for r in engine._running.values()):
+    while engine.standing.waiting or any(r.n_new == 0 for r in engine.standing.running.values()):
         if not engine.step():
             time.sleep(0.001)
     started[0] = time.process_time()

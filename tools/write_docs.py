@@ -250,8 +250,8 @@ CASES = {
     "deita": ("deita 20000", "DEITA's filter, 20,000 rows to 2,000", ("deita 20000",)),
 }  # fmt: skip
 """Of each case of select_rows.json ours, what it is, and the peers beside it."""
-PEERS = {"features": "apricot", "cut": "apricot", "vendi": "vendi-score", "mig": "the authors'", "deita": "the authors'"}
-APOSTROPHE = "'"
+PEERS = {"features": "apricot's", "cut": "apricot's", "vendi": "vendi-score's", "mig": "the authors'",
+         "deita": "the authors'"}  # fmt: skip
 
 
 def select_rows(said: dict[str, Any], brief: bool) -> str:
@@ -263,7 +263,7 @@ def select_rows(said: dict[str, Any], brief: bool) -> str:
             theirs = said["peers"].get(peer)
             if mine is None or theirs is None or "cpu_s" not in mine or "cpu_s" not in theirs:
                 continue
-            name = PEERS.get(peer.split()[0], peer.split()[0])
+            name = PEERS.get(peer.split()[0], f"{peer.split()[0]}'s")
             faster = theirs["cpu_s"] / mine["cpu_s"]
             same = ""
             if "covered" in mine and "covered" in theirs:
@@ -277,9 +277,9 @@ def select_rows(said: dict[str, Any], brief: bool) -> str:
             elif "value" in mine:
                 same = f"{mine['value']:.4f}, its {theirs['value']:.4f}"
             times = f"1/{faster:.0f}" if faster >= 2 else f"{1 / faster:.2f}"
-            rows.append((what, name, f"{mine['cpu_s']:.3f}", f"{theirs['cpu_s']:.2f}", times,
+            rows.append((what, name.removesuffix("'s"), f"{mine['cpu_s']:.3f}", f"{theirs['cpu_s']:.2f}", times,
                          f"{mine['more_mb']:.0f}", f"{theirs['more_mb']:.0f}", same))  # fmt: skip
-            told.append(f"{what.split(', ')[0]} {times} of {name}{'' if name[-1] == APOSTROPHE else APOSTROPHE + 's'}")
+            told.append(f"{what.split(', ')[0]} {times} of {name}")
     if brief:
         return f"CPU time of one thread, in one run: {'; '.join(told)}."
     text = table("case | peer | CPU s: | its: | ratio: | MB more: | its: | answer", rows)
@@ -692,7 +692,8 @@ def pages() -> dict[Path, str]:
     """Every generated page by its path from the root."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = between(between(readme, "methods", methods_table()), "measured", measured(brief=True))
-    lead = "Run these again with `make bench` and `python tools/peft_suite.py`; each says the machine it is from."
+    lead = ("Run these again by the scripts named (`make bench` runs those that need no other library); each says the "
+            "machine it is from.")  # fmt: skip
     out = {Path("docs/methods") / f"{c.name}.md": method_page(kind, c) for kind, c in cards()}
     return out | gallery_pages() | {
         Path("docs/papers.md"): papers_page(),

@@ -132,6 +132,17 @@ def test_a_plug_ins_card_has_the_name_it_is_asked_for_by(monkeypatch: pytest.Mon
     assert "plug" in {c.name for c in adapts.cards()}
 
 
+def test_a_plug_in_is_seeded_by_the_name_it_is_asked_for_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, Entry("plug", Plug))
+    assert adapts["plug"].card.name == "plug"  # type: ignore[attr-defined]
+    assert type(adapts.make("plug")).card.kind == "plures.adapt"
+
+
+def test_a_folder_is_a_mapping_that_may_be_asked_for_what_is_not_there() -> None:
+    assert adapts.get("nope") is None and adapts.get("nope", 3) == 3
+    assert adapts.get("lora") is adapts["lora"]
+
+
 @pytest.mark.parametrize("options", [{"r": "8"}, {"alpha": "10"}, {"alpha": float("nan")}])
 def test_make_takes_no_text_and_no_nan_for_a_number(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeErrors):

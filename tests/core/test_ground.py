@@ -28,7 +28,7 @@ from plures.core.errors import (
 )
 from plures.core.events import Events, JsonLines, environment, read_events
 from plures.core.seeds import stream
-from plures.core.units import bits_per_byte, duration, si_bytes
+from plures.core.units import bits_per_byte, duration, lora_alpha, lora_scale, si_bytes
 
 CODES: dict[type[PluresError], int] = {
     PluresError: 1, WrongUse: 2, RecipeErrors: 2, MissingExtra: 3, BadInput: 4, Unreachable: 4, StoreBusy: 4,
@@ -187,6 +187,36 @@ def test_a_loss_that_is_not_finite_is_still_json(tmp_path: Path) -> None:
     json.loads((tmp_path / "e.jsonl").read_text(), parse_constant=refuse)
 
 
+def test_numbers_that_json_has_not_become_null_however_deep_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    events = Events(JsonLines(path))
+    events.emit("eval", scores={"a": {"loss": math.nan, "n": 3}}, grid=[[1.5, math.inf], (-math.inf, "nan")])
+    events.close()
+    (told,) = read_events(path)
+    assert told["scores"] == {"a": {"loss": None, "n": 3}}
+    assert told["grid"] == [[1.5, None], [None, "nan"]]
+
+
+def test_a_file_of_events_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"e\.jsonl': it does not exist"):
+        read_events(tmp_path / "e.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"kind": "caf\xe9"}\n')
+    with pytest.raises(BadInput, match=r"latin\.jsonl': byte 13 is no UTF-8"):
+        read_events(tmp_path / "latin.jsonl")
+    (tmp_path / "torn.jsonl").write_bytes('{"kind": "a"}\n{"kind": "é"}'.encode()[:-3])
+    assert read_events(tmp_path / "torn.jsonl") == [{"kind": "a"}]
+    with pytest.raises(BadInput, match=r"latin\.jsonl"):
+        JsonLines(tmp_path / "latin.jsonl" / "e.jsonl")
+    sink = JsonLines(tmp_path / "full.jsonl")
+    sink._file.close()
+    with Path("/dev/full").open("a", encoding="utf-8") as nowhere:
+        sink._file = nowhere
+        with pytest.raises(DiskTrouble, match=r"cannot write '.*full\.jsonl': the disk is full"):
+            sink("step", {"step": 1})
+        with pytest.raises(DiskTrouble, match="the disk is full"):  # what is still in memory has no place either
+            sink.close()
+
+
 def test_reopening_a_whole_or_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     for i, text in enumerate(["", '{"kind": "a"}\n']):
         path = tmp_path / f"{i}.jsonl"
@@ -221,6 +251,12 @@ def test_environment_is_json_and_names_versions() -> None:
 
 
 # ---- units
+
+
+def test_loras_scale_and_the_alpha_that_has_it() -> None:
+    assert [lora_scale(16.0, 8, rs) for rs in (False, True)] == [2.0, 16 / math.sqrt(8)]
+    for r, rs in ((3, False), (3, True), (7, True)):
+        assert lora_scale(lora_alpha(0.3, r, rs), r, rs) == pytest.approx(0.3, rel=1e-15)
 
 
 def test_units() -> None:

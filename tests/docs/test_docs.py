@@ -16,10 +16,12 @@ import pytest
 import typer
 
 import plures
+from pages import fenced
 from plures.adapt import adapts
 from plures.cli.app import app, verbs
 from plures.core.folder import options_of
 from plures.core.recipe import load
+from plures.flows.capabilities import folders
 from plures.flows.recipes import TrainRecipe
 from plures.loss import losses
 
@@ -37,8 +39,7 @@ def blocks(language: str) -> list[Any]:
     """Every fenced block of a language, in every page."""
     out = []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for i, found in enumerate(re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)):
+        for i, (_, _, found) in enumerate(fenced(page, language)):
             out.append(pytest.param(found, id=f"{named(page)}-{i}"))
     return out
 
@@ -126,14 +127,15 @@ def test_every_page_is_linked() -> None:
 
 
 def test_every_verb_is_documented() -> None:
-    written = "\n".join(p.read_text(encoding="utf-8") for p in PAGES if p.name != "cli.md")
+    lists = ("cli.md", "CHANGELOG.md")  # they name every verb, and explain none
+    written = "\n".join(p.read_text(encoding="utf-8") for p in PAGES if p.name not in lists)
     missing = [v for v in (name.rstrip("_") for name in verbs()) if not re.search(rf"plures {v}\b|`{v}`", written)]
     assert missing == []
 
 
 @pytest.mark.parametrize("line", commands())
 def test_commands_parse(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line.partition(" > ")[0], comments=True)[1:]  # without where its output goes
     top: Any = typer.main.get_command(app)
     context = top.make_context("plures", [], resilient_parsing=True)
     verb = top.get_command(context, words[0])
@@ -179,12 +181,14 @@ def test_the_worked_example_of_mos_prints_what_it_says() -> None:
     assert out.getvalue() == said
 
 
-@pytest.mark.parametrize("name", [*adapts, *losses])
-def test_methods_have_their_sections(name: str, writer: ModuleType) -> None:
-    cls = (adapts if name in adapts else losses)[name]
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, folder in folders().items() for name in folder])
+def test_methods_have_their_sections(kind: str, name: str, writer: ModuleType) -> None:
+    cls = folders()[kind][name]
     doc = writer.sections(cls.__doc__ or "")
-    assert [s for s in ("", "Options", "Shapes", "Paper", "Departs from the paper") if not doc.get(s, "").strip()] == []
     options = options_of(cls)
+    wanted = ["", *(["Options"] if options else []), *(["Shapes"] if kind in ("adapt", "loss") else []), "Paper",
+              "Departs from the paper"]  # fmt: skip
+    assert [s for s in wanted if not doc.get(s, "").strip()] == []
     assert [k for k, (_, _, text) in options.items() if not text] == [], "an option without a line under Options"
     if "WrongUse" in inspect.getsource(cls):
         assert "WrongUse" in doc.get("Raises", ""), "it raises WrongUse and does not say so"

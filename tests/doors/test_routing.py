@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from fakes import FakeServing, last, served
 from openai import OpenAI
 
 import plures
-from plures.core.errors import WrongUse
+from plures.core.errors import BadInput, WrongUse
 from plures.engine.ask import Ask, Piece
 from plures.engine.limits import Settings
 from plures.flows.desk import Desk
 from plures.server.app import make_app
+from plures.server.metrics import Metrics
 from plures.server.routing import Routed, Router, read_routes
-from plures.server.run import Service
+from plures.server.run import Doors, Service
 
 PROMPTS = ["The parcel", "A garden near", "Zq 17 !", "engine engine", "Why", "the window of a bicycle", "x = 3;"]
 
@@ -121,4 +123,32 @@ def test_a_table_that_cannot_be_is_told_at_the_start(two_desk: Desk) -> None:
     for table, why in (({"mos": Routed(("lora", "base"), (1.0, 1.0))}, "has the name of a variant"),
                        ({"desk": Routed(("lora", "nobody"), (1.0, 1.0))}, "nobody")):  # fmt: skip
         with pytest.raises(WrongUse, match=why):
-            Router(two_desk, FakeServing(), table)
+            Router(two_desk, FakeServing(), table, Metrics(FakeServing()))
+
+
+def test_what_members_read_is_counted(service: Service) -> None:
+    def read(ref: str) -> float:
+        lines = [line for line in httpx.get(f"{service.url}/metrics").text.splitlines() if f'variant="{ref}"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in lines if 'kind="prompt"' in line or "cached" in line)
+
+    before = {ref: read(ref) for ref in ("vera@1", "mos@1")}
+    said = {"model": "desk", "prompt": "Nobody has asked this before", "max_tokens": 1}
+    assert httpx.post(f"{service.url}/v1/completions", json=said).status_code == 200
+    n = len(service.engine.encode(said["prompt"]))
+    assert all(read(ref) >= before[ref] + n for ref in before), "both members have read the prompt"
+
+
+def test_a_start_that_fails_leaves_nothing(trained_fleet: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    fleet = Path(shutil.copytree(trained_fleet, tmp_path / "acme.fleet"))
+
+    def fails(self: Doors) -> None:
+        raise BadInput("the server could not start")
+
+    monkeypatch.setattr(Doors, "start", fails)
+    made = Service(fleet, Settings(rows=2, kv_tokens=1024, slots=2, bank_bytes=1 << 22), port=0, open=True)
+    port = int(made.url.rpartition(":")[2])
+    with pytest.raises(BadInput, match="could not start"), made:
+        pass
+    assert not made.engine.alive
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))  # it is free again

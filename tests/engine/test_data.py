@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from plures.core.errors import BadInput, MissingExtra, Unreachable, WrongUse
 from plures.core.seeds import stream
-from plures.engine.data import Batches, Example, encode, held_out, pack, read_rows, split_rows
+from plures.engine.data import Batches, Example, HeldOut, encode, pack, read_rows, split_rows
 
 OPEN, ASK = "{% for m in messages %}<{{ m.role[0] }}>", "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 PLAIN = OPEN + "{{ m.content }}<e>" + ASK
@@ -479,7 +479,7 @@ def batches(n: int = 7, rows: int = 2, packing: bool = False, seed: int = 3, tok
 
 def test_a_padded_batch_by_hand() -> None:
     only = [ex([5, 6, 7], 2), ex([8, 9])]
-    b = held_out(only, 2, 4, 99)
+    b = HeldOut(only, 2, 4, 99)
     (got,) = list(b)
     assert got["input_ids"].tolist() == [[5, 6, 7], [8, 9, 99]]
     assert got["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
@@ -533,14 +533,14 @@ def test_batches_refuse_what_cannot_be() -> None:
     with pytest.raises(WrongUse, match="batch_rows must be at least 1, got '0'"):
         batches(rows=0)
     with pytest.raises(BadInput, match="there are no examples"):
-        held_out([], 2, 4, 0)
+        HeldOut([], 2, 4, 0)
     with pytest.raises(WrongUse, match="steps count from 0"):
         batches().at(-1)
 
 
 def test_held_out_gives_every_example_once_in_order() -> None:
     made = [ex([i, i + 1], n_bytes=i) for i in range(7)]
-    b = held_out(made, 3, 4, 0)
+    b = HeldOut(made, 3, 4, 0)
     got = list(b)
     assert [g["input_ids"].shape[0] for g in got] == [3, 3, 1]
     assert [int(r[0]) for g in got for r in g["input_ids"]] == list(range(7))

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from asking import ask, finish
 
+from plures.bridges.peft import PluresLayer
 from plures.core.errors import WrongUse
 from plures.engine.ask import Sampling
 from plures.engine.generate import Session
-from plures.engine.model import load_base, reference
+from plures.engine.limits import Settings
+from plures.engine.model import ends_of, load_base, reference
+from plures.engine.serving import Engine
 from plures.store import Store
 from plures.tensors.variant import Variant
 from tiny import METHODS
@@ -27,6 +31,10 @@ def variants(trained_fleet: Path) -> dict[str, Variant]:
 @pytest.fixture
 def session(base_folder: Path) -> Session:
     return Session(load_base(reference(str(base_folder))))
+
+
+class Held:
+    """Somebody who holds slots."""
 
 
 def by_hand(model: Any, ids: list[int], n: int) -> list[int]:
@@ -87,6 +95,47 @@ def test_a_variant_is_loaded_once(session: Session, variants: dict[str, Variant]
     assert session.slot(None) == "__base__"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_variants_used_longest_ago_go_and_come_again(
+    base_folder: Path, variants: dict[str, Variant], whole: bool
+) -> None:
+    made = list(variants.values())
+    ref = reference(str(base_folder))
+    if whole:
+        head = load_base(ref).model.get_parameter("lm_head.weight").detach()
+        made[1] = replace(made[1], extra={"lm_head.weight": head.flip(0).contiguous()})
+    want = []
+    for variant in made:
+        own = Session(load_base(ref))
+        assert own.most == 64
+        want.append(own.generate(["The parcel"], [own.slot(variant)], Sampling(8))[0].ids)
+    session = Session(load_base(ref), most=2)
+
+    def on() -> set[str]:
+        return {n for m in session.model.modules() if isinstance(m, PluresLayer) for n in [*m.plures_own, *m.methods]}
+
+    for _ in range(2):
+        for variant, ids in zip(made, want, strict=True):
+            assert session.generate(["The parcel"], [session.slot(variant)], Sampling(8))[0].ids == ids
+            assert on() == set(session.model.peft_config) == set(session.slots.values())
+            assert len(session.slots) <= 2
+    assert list(session.slots) == [v.identity() for v in made[-2:]]
+    session.generate(["The parcel"], [session.slot(made[-2])], Sampling(1))
+    assert list(session.slots) == [made[-1].identity(), made[-2].identity()]
+    got = [c.ids for c in session.generate(["The parcel"] * 4, [session.slot(v) for v in made], Sampling(8))]
+    assert got == want and len(session.slots) == 4  # all of one batch
+    how = Sampling(3)
+    session.hold(holder := Held(), [session.slot(made[0])])
+    session.generate(["The parcel"], [session.slot(made[2])], how)
+    session.generate(["The parcel"], ["__base__"], how)
+    assert list(session.slots) == [made[0].identity(), made[2].identity()]
+    session.generate(["The parcel"], [session.slot(made[3])], how)
+    assert list(session.slots) == [made[0].identity(), made[3].identity()]
+    del holder
+    session.generate(["The parcel"], [session.slot(made[2])], how)
+    assert list(session.slots) == [made[3].identity(), made[2].identity()] and on() == set(session.slots.values())
+
+
 def test_sampling_draws_from_its_own_stream(session: Session) -> None:
     how = Sampling(12, temperature=1.0, seed=1)
     texts = []
@@ -107,6 +156,27 @@ def test_an_answer_ends_at_the_end_token(session: Session) -> None:
         session.base.model.lm_head.weight.zero_()  # every logit is 0, so the first token wins: <end> has id 0
     ended = session.generate(["The"], ["__base__"], Sampling(5))[0]
     assert (ended.text, ended.ids, ended.finish) == ("", (), "stop")
+
+
+def test_every_end_that_the_generation_settings_name_ends_an_answer(session: Session) -> None:
+    prompts, base = ["The parcel", "Why"], session.base
+    long = [session.generate([p], ["__base__"], Sampling(10))[0].ids for p in prompts]
+    end = next(t for t in long[0][2:] if t not in long[1])
+    base.model.generation_config.eos_token_id = [0, end]
+    assert ends_of(base) == {0, end}
+    first, second = session.generate(prompts, ["__base__"] * 2, Sampling(10))
+    assert (first.ids, first.finish) == (long[0][: long[0].index(end)], "stop")
+    assert (second.ids, second.finish) == (long[1], "length")
+    served = Engine(base, lambda _: pytest.fail("nothing is fetched"), Settings(kv_tokens=1024))
+    answer = ask(served, prompts[0], max_tokens=10)
+    finish(served, answer)
+    served.stop(0)
+    assert (answer.ids, answer.last.finish) == (first.ids, "stop")
+    base.model.generation_config.eos_token_id = None  # then it is the tokenizer's
+    assert ends_of(base) == {0}
+    base.tokenizer.eos_token = base.tokenizer.pad_token = None
+    assert ends_of(base) == frozenset()
+    assert session.generate(prompts[:1], ["__base__"], Sampling(10))[0].ids == long[0]
 
 
 def test_without_an_end_it_goes_to_the_limit(session: Session) -> None:

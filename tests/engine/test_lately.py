@@ -12,8 +12,8 @@ import torch
 from plures.engine.admit import Admission
 from plures.engine.ask import Ask, Piece, Sampling
 from plures.engine.lately import ASKS_S, Lately
-from plures.engine.schedule import Share
 from plures.engine.serving import Engine
+from plures.engine.share import Share
 from plures.engine.simulate import Arrival, gamma_arrivals
 
 

@@ -281,7 +281,7 @@ def test_patience_stops_and_puts_back_the_best(tmp_path: Path) -> None:
     at: dict[int, dict[str, Tensor]] = {}
     t.events = Events(lambda kind, f: at.__setitem__(f["step"], numbers(model)) if kind == "eval" else None)
     outcome = t.fit(Listed(batch(0), batch(1)), scripted([3.0, 2.0, 2.5, 2.0, 2.0]))
-    assert (outcome.steps, outcome.best_step, outcome.stopped_early) == (8, 4, True)  # equal is not better
+    assert (outcome.steps, outcome.best_step) == (8, 4)  # equal is not better
     assert equal(numbers(model), at[4])
     assert not equal(at[4], at[8])
     assert outcome.score is not None
@@ -291,7 +291,7 @@ def test_patience_stops_and_puts_back_the_best(tmp_path: Path) -> None:
 def test_without_patience_the_last_tensors_stay(tmp_path: Path) -> None:
     t = trainer(tmp_path, steps=4, eval_every=2)
     outcome = t.fit(Listed(batch(0)), scripted([1.0, 2.0]))
-    assert (outcome.steps, outcome.stopped_early) == (4, False)
+    assert outcome.steps == 4
     assert outcome.score is not None
     assert outcome.score.nats_per_token == 2.0
 
@@ -349,7 +349,7 @@ def test_a_ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits(
     how = {"eval_every": 2, "patience": patience, "lr": 0.6 if patience else 0.1}
     whole, outcome = fitted(tmp_path / "a", **how)
     if patience:
-        assert outcome.stopped_early
+        assert outcome.steps < 9  # it stopped early
     if patience and at == 3 and kind != "step":
         at = 2  # it ends before
     again, resumed = fitted(tmp_path / "b", until=Stop(kind, at), **how)
@@ -405,6 +405,31 @@ def test_the_checkpoint_of_another_method_is_refused(tmp_path: Path, change: str
     with pytest.raises(BadInput, match="checkpoint"):
         trainer(tmp_path, other).resume()
     assert equal(numbers(other), before)
+
+
+@pytest.mark.parametrize("change", ["missing", "none", "text", "no object"])
+def test_a_checkpoint_that_does_not_say_how_far_it_got_is_refused(tmp_path: Path, change: str) -> None:
+    t = trainer(tmp_path)
+    t.fit(Listed(batch(0)))
+    told = json.loads(safe.metadata(t.checkpoint)["progress"])
+    told = {"missing": {k: v for k, v in told.items() if k != "judged"}, "none": None,
+            "text": told | {"step": "2"}, "no object": [1]}[change]  # fmt: skip
+    safe.write(t.checkpoint, safe.read(t.checkpoint), {} if told is None else {"progress": json.dumps(told)})
+    model = Toy(seed=3)
+    before = numbers(model)
+    with pytest.raises(BadInput, match="is damaged: it does not say step, judged, best, best_step, bad_evals; remove"):
+        trainer(tmp_path, model).resume()
+    assert equal(numbers(model), before)
+
+
+def test_a_checkpoint_sets_nothing_but_how_far_it_got(tmp_path: Path) -> None:
+    t = trainer(tmp_path, steps=2)
+    t.fit(Listed(batch(0)))
+    told = json.loads(safe.metadata(t.checkpoint)["progress"]) | {"settings": None, "folder": "/elsewhere"}
+    safe.write(t.checkpoint, safe.read(t.checkpoint), {"progress": json.dumps(told)})
+    again = trainer(tmp_path, steps=2)
+    assert again.resume()
+    assert (again.step, again.folder, again.settings.steps) == (2, tmp_path, 2)
 
 
 def test_a_torn_checkpoint_is_refused(tmp_path: Path) -> None:

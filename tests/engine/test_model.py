@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_files(base_folder: Path, t
     (split / "model.safetensors").unlink()
     for i, some in enumerate((names[::2], names[1::2])):
         safe.write(split / f"model-{i}.safetensors", {k: tensors[k] for k in some}, {"format": "pt"})
+    where = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(names)}
+    (split / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert fingerprint(split) == whole
     for name in names:  # one number more in any tensor is another base
         changed = {k: t.clone() for k, t in tensors.items()}
@@ -41,9 +44,26 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_files(base_folder: Path, t
         assert fingerprint(tmp_path) != whole
 
 
+def test_the_fingerprint_is_of_the_files_that_are_loaded(base_folder: Path, tmp_path: Path) -> None:
+    whole = fingerprint(base_folder)
+    shutil.copytree(base_folder, tmp_path / "base")
+    tensors = safe.read(base_folder / "model.safetensors")
+    halves = {k: t.half() for k, t in tensors.items()}
+    safe.write(tmp_path / "base" / "model.fp16.safetensors", halves, {"format": "pt"})
+    assert fingerprint(tmp_path / "base") == whole  # as without the file that nobody loads
+    safe.write(tmp_path / "base" / "part.safetensors", {k: -t for k, t in tensors.items()}, {"format": "pt"})
+    where = json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")})
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(where)
+    loaded = load_base(reference(str(tmp_path / "base"))).model.state_dict()
+    same = all(torch.equal(loaded[k], t) for k, t in tensors.items())
+    assert same and fingerprint(tmp_path / "base") == whole
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert fingerprint(tmp_path / "base") != whole
+
+
 def test_a_part_that_the_index_names_must_be_there(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    with pytest.raises(BadInput, match=r"lacks 'model-1\.safetensors'"):
+    with pytest.raises(BadInput, match=r"names the shard 'model-1\.safetensors'"):
         fingerprint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(BadInput, match="damaged"):

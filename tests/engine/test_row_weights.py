@@ -16,7 +16,7 @@ from torch import Tensor
 from pairs import pairs
 from plures.core.errors import BadInput
 from plures.core.events import Events
-from plures.engine.data import Batches, encode, held_out, pack, read_rows
+from plures.engine.data import Batches, HeldOut, encode, pack, read_rows
 from plures.engine.pairs import PairBatches, encode_pairs
 from plures.engine.row_weights import AUTO, COLUMN, NONE, column_of, counting, refuse, weights_of
 from plures.loss import losses
@@ -129,7 +129,7 @@ def test_batches_hold_weights_where_rows_have_them_and_are_as_before_where_not(p
         assert all(torch.equal(a[k], b[k]) for k in a)
         assert b["weights"].dtype == torch.float32 and b["weights"].shape == b["labels"].shape
         assert torch.equal(b["weights"] > 0, b["attention_mask"] > 0)
-    assert all("weights" not in b for b in held_out(encode(rows, tokenizer, max_tokens=12), 2, 12, 0))
+    assert all("weights" not in b for b in HeldOut(encode(rows, tokenizer, max_tokens=12), 2, 12, 0))
 
 
 def test_pairs_keep_their_weights_in_both_forms() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from plures.core.errors import WrongUse
 from plures.engine.ask import Overloaded
-from plures.engine.schedule import Queue, Share, Waiting
+from plures.engine.schedule import Queue, Waiting
+from plures.engine.share import Share
 
 TICKETS = count(1)
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from asking import Answer, ask, finish, varied
 from plures.core.errors import WrongUse
 from plures.engine.admit import Admission
 from plures.engine.ask import BASE, Ask, Overloaded, Piece, Sampling, Unavailable
-from plures.engine.decoder import why_not_native
+from plures.engine.decoder import Decoder, why_not_native
 from plures.engine.generate import Session
 from plures.engine.limits import Settings
 from plures.engine.model import Base, load_base, reference
@@ -75,6 +76,8 @@ def test_other_architectures_are_told_apart(base: Base) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "dynamic" in why_not_native(LlamaConfig(rope_parameters=rope))
     assert "gelu" in why_not_native(LlamaConfig(hidden_act="gelu"))
+    with pytest.raises(AssertionError, match="gpt2"):
+        Decoder(SimpleNamespace(config=GPT2Config()))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,8 @@ def test_no_row_ever_differs_from_being_alone(
     wanted = requests(n, list(variants), seed)
     single = engine(rows=1, share_prefixes=False, prefill_tokens=512)
     alone = {}
-    for prompt, identity, how in wanted:
+    crowd = [(f"{i} Why", BASE, {"max_tokens": 60, "ignore_end": True}) for i in range(7)]  # more than memory holds
+    for prompt, identity, how in [*wanted, *crowd]:
         key = (prompt, identity, how["max_tokens"], how["ignore_end"])
         if key not in alone:
             answer = ask(single, prompt, identity, **how)
@@ -166,7 +170,9 @@ def test_no_row_ever_differs_from_being_alone(
         if rng.random() < 0.05:
             busy.pin(frozenset(rng.sample(list(variants), 1)))
     finish(busy, *answers)
-    wrong = [w for w, a in zip(wanted, answers, strict=True)
+    answers += [ask(busy, prompt, identity, **how) for prompt, identity, how in crowd]
+    finish(busy, *answers)
+    wrong = [w for w, a in zip([*wanted, *crowd], answers, strict=True)
              if a.ids != alone[w[0], w[1], w[2]["max_tokens"], w[2]["ignore_end"]]]  # fmt: skip
     assert not wrong
     state = busy.state()
@@ -296,7 +302,7 @@ def test_wrong_requests_are_refused(engine: Callable[..., Engine]) -> None:
     ):
         with pytest.raises(WrongUse, match=said):
             served.submit(Ask("t", BASE, tuple(tokens), Sampling(**how)), Answer())
-    assert not served._waiting
+    assert not served.standing.waiting
 
 
 def test_the_thread_answers_many_and_stops_in_order(
@@ -319,6 +325,39 @@ def test_the_thread_answers_many_and_stops_in_order(
     assert not served.alive
     with pytest.raises(Overloaded):
         ask(served, "The")
+
+
+@pytest.mark.parametrize(
+    ("stops", "when", "said"),
+    [(True, "before", "is stopping"), (True, "after", "is stopping"), (False, "after", "no memory")],
+)
+def test_a_request_that_comes_as_the_engine_ends_is_refused(
+    engine: Callable[..., Engine], variants: dict[str, Variant], monkeypatch: pytest.MonkeyPatch,
+    stops: bool, when: str, said: str,
+) -> None:  # fmt: skip
+    """It was let in, its variant is looked for, and then nobody is there to answer."""
+    served = engine()
+    look = served.tiers.ask
+
+    def end() -> None:
+        if stops:
+            served.stop(0)
+        else:
+            served.failure = "no memory"
+            served._fail_all("no memory")
+
+    def ends(identity: str) -> None:
+        if when == "before":
+            end()
+        look(identity)
+        if when == "after":
+            end()
+
+    monkeypatch.setattr(served.tiers, "ask", ends)
+    with pytest.raises(Overloaded, match=said) as refused:
+        ask(served, "The", next(iter(variants)))
+    assert refused.value.retry_after_s > 0
+    assert not served.standing.waiting and served.standing.owed == 0 and len(served.queue) == 0
 
 
 def test_stopping_at_once_tells_those_who_wait(engine: Callable[..., Engine]) -> None:
@@ -347,7 +386,7 @@ def test_more_than_can_be_served_is_refused_and_then_recovers(base: Base, varian
     assert all(1 <= s <= 120 for s in refused)
     finish(served, *taken)
     assert {a.last.finish for a in taken} == {"length"}
-    assert served.cache.used == 0 and served._owed == 0
+    assert served.cache.used == 0 and served.standing.owed == 0
     again = ask(served, "The parcel")
     finish(served, again)
     served.stop(0)

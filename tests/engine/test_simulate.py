@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from plures.core.errors import WrongUse
 from plures.engine.admit import Admission
-from plures.engine.schedule import Share
+from plures.engine.belady import belady
+from plures.engine.share import Share
 from plures.engine.simulate import (
     Arrival,
     Costs,
     Limits,
     Outcome,
-    belady,
     gamma_arrivals,
     simulate,
     suggest,

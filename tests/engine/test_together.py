@@ -148,6 +148,17 @@ def test_what_was_read_is_told_text_by_text() -> None:
                 assert float(got[row, t]) == pytest.approx(total, abs=1e-9)
 
 
+def test_members_stay_while_they_answer_together(trained_fleet: Path) -> None:
+    with plures.Fleet(trained_fleet) as fleet:
+        fleet.session().most = 1
+        both = fleet.together(["mos", "lora"])
+        want = both.generate("The parcel", max_tokens=6)
+        for other in ("vera", None):
+            fleet.generate([(other, "The parcel")], max_tokens=2)
+        assert len(fleet.session().slots) == 2
+        assert both.generate("The parcel", max_tokens=6) == want
+
+
 def test_wrong_members_and_routes_are_told(trained_fleet: Path) -> None:
     with plures.Fleet(trained_fleet) as fleet:
         with pytest.raises(WrongUse, match=r"no route method named 'drn'\. Did you mean 'drm'"):

@@ -54,7 +54,8 @@ def test_a_prompt_is_as_likely_as_alone(
     again = [ask(served, "The parcel broke", i) for i in who]
     finish(served, *again)
     assert [a.ids for a in again] == [a.ids for a in beside]  # and nothing was mixed up
-    assert not served._running and not served._waiting and served._owed == 0
+    standing = served.standing
+    assert not standing.running and not standing.waiting and standing.owed == 0
 
 
 def test_a_prompt_that_was_weighed_is_known_to_who_answers_it(

@@ -18,6 +18,7 @@ from plures.engine.limits import Settings
 from plures.engine.model import load_base
 from plures.engine.serving import Engine
 from plures.flows.answer import Request, answer, order, read_requests
+from plures.flows.part import Part
 from plures.store import Store
 from tiny import write_rows
 
@@ -181,3 +182,19 @@ def test_order_keeps_variants_and_prefixes_together_and_long_answers_first() -> 
     asks = [pair(0, "a", (1, 2, 3), 1), pair(1, "b", (5,), 9), pair(2, "a", (1, 2), 1), pair(3, "b", (4, 4), 9),
             pair(4, "a", (0,), 1)]  # fmt: skip
     assert [r.at for r, _ in order(asks)] == [3, 1, 4, 2, 0]
+
+
+def test_the_part_is_gone_before_another_may_have_it(
+    serving: tuple[Engine, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, out = write_rows(tmp_path / "asked.jsonl", some(2)), tmp_path / "out.jsonl"
+    there: list[bool] = []
+    closed = Part.close
+
+    def close(self: Part) -> None:
+        there.append(self.path.exists())
+        closed(self)
+
+    monkeypatch.setattr(Part, "close", close)
+    answer(serving[0], asked, out, serving[1])
+    assert there == [False] and len(answers(out)) == 2

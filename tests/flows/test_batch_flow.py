@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -353,3 +354,22 @@ def test_what_a_model_means_is_seen_as_its_tenant_sees_it(own_fleet: Path) -> No
     assert (done.completed, done.failed) == (2, 8)
     assert {a.variant for a in serving.asks} == {desk.store.resolve("mos").identity}
     desk.close()
+
+
+def test_no_path_reaches_a_caller_and_a_full_disk_is_known_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Batches(tmp_path)
+    store.put("acme", "x", "batch", [b"x"])
+    for number, full in ((errno.ENOSPC, True), (errno.EACCES, False), (errno.EIO, False)):
+
+        def fails(path: Path, number: int = number) -> list[str]:
+            raise OSError(number, "the disk is full, it says", str(path))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "listdir", fails)
+            for ask in (store.files, store.batches):
+                with pytest.raises(DiskTrouble) as caught:
+                    ask("acme")
+                assert caught.value.full is full and str(tmp_path) not in str(caught.value)
+                assert ("is full" if full else "cannot be used") in str(caught.value)

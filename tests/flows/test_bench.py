@@ -10,15 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from plures.core.errors import WrongUse
+from plures.core.errors import StoreBusy, WrongUse
 from plures.core.recipe import dump, load, to_dict
 from plures.flows import bench as flow
 from plures.flows.bench_report import borda, pareto
+from plures.flows.held import held
 from plures.flows.recipes import BenchRecipe
 from plures.store import Store
 from tiny import sentences, write_rows
@@ -191,3 +193,40 @@ def until(true: Callable[[], Any], patience_s: float = 60.0) -> Any:
         assert time.monotonic() < end
         time.sleep(0.05)
     return got
+
+
+def test_another_file_is_not_scored_with_the_rows_of_one_before(
+    recipe: Callable[..., BenchRecipe], tmp_path: Path
+) -> None:
+    one = recipe("rates=1")
+    cell = flow._cell("lora-r1", flow.contenders(one.contenders)["lora-r1"][0], {"r": 1}, "a", "valid", 0.01, 0)
+    first = flow.run_cell(one, one.tenants[1], cell)
+    other = replace(one.tenants[1], valid=str(write_rows(tmp_path / "v.jsonl", ({"text": t} for t in "xyz"))))
+    assert flow.run_cell(one, other, cell)["zero"] != first["zero"]
+    assert flow.run_cell(recipe("max_tokens=8"), one.tenants[1], cell)["zero"] != first["zero"]
+
+
+def test_a_rate_that_diverges_is_null_on_disk_and_one_process_compares(recipe: Callable[..., BenchRecipe]) -> None:
+    @contextmanager
+    def diverging(_: int) -> Iterator[flow.Pool]:
+        def run(jobs: Sequence[Any]) -> Iterator[dict[str, Any]]:
+            for _, _, cell in jobs:
+                bits = float("inf") if cell.contender == "shards" else 1.0 + cell.lr
+                yield vars(cell) | {"bits_per_byte": bits, "zero": 2.0, "trained": 8, "step_cpu_s": 0.1,
+                                    "more_mb": 1.0, "cpu_s": 0.1, "version": ""}  # fmt: skip
+
+        yield run
+
+    def refuse(said: str) -> None:
+        raise AssertionError(f"{said} is no JSON")
+
+    out = Path(recipe().out)
+    with held(out / ".lock", "is a test"), pytest.raises(StoreBusy, match="compares methods in"):
+        flow.bench(recipe(), on=diverging)
+    told = flow.bench(recipe(), on=diverging)
+    assert told["contenders"]["shards"]["bits_per_byte"] == float("inf")
+    cells = [json.loads(line, parse_constant=refuse) for line in (out / "cells.jsonl").read_text().splitlines()]
+    assert {c["bits_per_byte"] for c in cells if c["contender"] == "shards"} == {None}
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["contenders"]["shards"]["bits_per_byte"] is None
+    assert flow.bench(recipe(), on=diverging)["front"] == told["front"]  # read again, null is infinity

@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from plures.choice.kmeans import unit
+from plures.choice.pool import Budget, Pool
 from plures.core.errors import BadInput, PluresError, WrongUse
 from plures.core.recipe import load
 from plures.engine import columns
@@ -213,3 +214,23 @@ def test_files_of_a_pool_have_the_same_columns(recipe: Make, tmp_path: Path) -> 
     parquet.write_table(table(10).drop_columns(["vector"]), Path(str(recipe().pool)) / "z.parquet")
     with pytest.raises(BadInput, match=r"z\.parquet' has no column 'vector', which other files of the pool have"):
         select(recipe())
+
+
+def test_a_column_that_nobody_asked_for_is_no_group(recipe: Make) -> None:
+    done = select(recipe("select={method: random}", "features=''", "text=''"))
+    assert done.rows == 40 and done.of == 400 and done.groups == {}
+
+
+def test_what_is_not_known_is_null_in_the_manifest(recipe: Make) -> None:
+    done = select(recipe("select={method: random}"))
+
+    def refuse(said: str) -> None:
+        raise AssertionError(f"{said} is no JSON")
+
+    told = json.loads(Path(done.out + ".json").read_text(), parse_constant=refuse)
+    assert told["result"]["value"] is None and told["result"]["bound"] is None
+
+
+def test_a_row_that_is_not_there_is_named() -> None:
+    with pytest.raises(WrongUse, match="include names row '-3'"):
+        Budget(2, include=np.array([-3, 1])).check(Pool(5))

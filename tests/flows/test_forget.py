@@ -281,3 +281,24 @@ def test_the_command_says_first_and_does_with_yes(recipe: Make, tmp_path: Path, 
     assert "would remove v-" in said[1] and "--retrain would train again v-" in said[1]
     assert "removed v-" in said[2] and "trained again v-" in said[2]
     assert json.loads(said[3])["found"] == 0
+
+
+def test_a_search_among_mixtures_of_what_is_gone_goes_too(recipe: Make) -> None:
+    mine = recipe()
+    train_shards(mine)
+    rows = read_rows(Path(mine.data.train))
+    gone = {ref.split("@")[0] for ref in forget(Path(mine.fleet), "v", rows[:1], dry=True).gone}
+    stay = sorted({f"v-{i}" for i in range(N)} - gone)
+    assert len(gone) == len(stay) == 2
+
+    def score(variant: Any) -> dict[str, float]:
+        size = sum(float(t.square().sum()) for own in variant.own.values() for t in own.values())
+        return {"a": -size, "b": size}
+
+    with plures.Fleet(mine.fleet) as fleet:
+        tainted = fleet.evolve([sorted(gone)[0], stay[0]], "mix", score=score, generations=2).run
+        clean = fleet.evolve(stay, "clean", score=score, generations=2).run
+    assert Path(tainted).is_dir() and Path(clean).is_dir()
+    told = forget(Path(mine.fleet), "v", rows[:1])
+    assert any(ref.startswith("mix") for ref in told.gone) and not any(ref.startswith("clean") for ref in told.gone)
+    assert not Path(tainted).exists() and Path(clean).is_dir()

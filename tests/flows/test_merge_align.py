@@ -209,3 +209,16 @@ def test_what_cannot_be_aligned_is_told(models: Path, said: Callable[..., Said],
         save_file(more, tmp_path / folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match=r"'model\.layers\.0\.mlp\.extra\.weight' is of a part that is permuted"):
         plan(parse(said(str(tmp_path / "too"), str(tmp_path / "odd"))))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_attention_heads": None}, {"num_attention_heads": 0}, {"num_key_value_heads": 3, "x": 1}]
+)
+def test_a_damaged_configuration_is_told(models: Path, tmp_path: Path, wrong: Said) -> None:
+    shutil.copytree(models / "b", tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | wrong))
+    said = {"merge_method": "linear", "align": "permutation",
+            "models": [{"model": str(models / "a")}, {"model": str(tmp_path / "b")}]}  # fmt: skip
+    with pytest.raises(BadInput, match=r"align: the configuration of '.*b' .*fetch it again"):
+        plan(parse(said))

@@ -23,6 +23,7 @@ from plures.core.errors import BadInput, DiskTrouble, PluresError, WrongUse
 from plures.flows import merge as flow
 from plures.flows.merge import merge, plan
 from plures.flows.merge_recipe import parse, value
+from plures.flows.merge_sources import read_lora
 from plures.tensors import weights
 from plures.tensors.weights import Sink
 from tiny import make_base
@@ -290,3 +291,54 @@ def test_a_plan_counts_bytes(recipe: Any, models: Path) -> None:
     mean, ties = (flow.plan(parse(recipe(m, "abc", b))) for m, b in (("linear", ""), ("ties", "base")))
     assert mean.read_bytes == 3 * 2 * numbers and mean.write_bytes == 2 * numbers
     assert ties.read_bytes == 3 * 4 * 2 * numbers  # two passes before the last, each of three models and the base
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"slices": [{"sources": [{"layer_range": [0, 1]}]}]}, "a source names no model, but 'None'"),
+        ({"models": []}, r"models is \[\]; a list of at least one is meant"),
+        ({"models": [{"model": "a"}], "parameters": 5}, "parameters of the recipe is 5; names with values"),
+        ({"models": [{"model": "a", "parameters": [1]}]}, r"parameters of an entry of models is \[1\]"),
+        ({"models": [{"model": {"model": None, "lora": "b"}}]}, "an entry of models names no model, but 'None'"),
+    ],
+)
+def test_recipes_that_name_nothing(said: Said, why: str) -> None:
+    with pytest.raises(WrongUse, match=why):
+        parse({"merge_method": "linear"} | said)
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "base", "why"),
+    [
+        ("slerp", "abc", "", "slerp takes 2 models, and '3' are given"),
+        ("nuslerp", "a", "", "nuslerp takes 2 models, and '1' are given"),
+        ("model_stock", "a", "base", "model_stock takes 2 models or more besides the base, and '1' are given"),
+        ("nearswap", "ab", "base", "nearswap takes one model besides the base, and '2' are given"),
+        ("passthrough", "ab", "", "passthrough takes one model, and '2' are given"),
+    ],
+)
+def test_too_many_or_too_few_models_are_told_in_the_plan(recipe: Any, method: str, names: str, base: str,
+                                                         why: str) -> None:  # fmt: skip
+    with pytest.raises(WrongUse, match=why):
+        plan(parse(recipe(method, names, base)))
+
+
+def test_layers_of_a_slice_are_joined_by_the_names_of_their_tensors(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "a", tmp_path / "odd")
+    mine = load_file(tmp_path / "odd" / "model.safetensors")
+    gone = "model.layers.1.mlp.up_proj.weight"
+    mine.pop(gone)
+    save_file(mine, tmp_path / "odd" / "model.safetensors", {"format": "pt"})
+    said = {"merge_method": "linear", "slices": [{"sources": [
+        {"model": str(models / "b"), "layer_range": [0, 1]}, {"model": str(tmp_path / "odd"), "layer_range": [1, 2]},
+    ]}]}  # fmt: skip
+    with pytest.raises(BadInput, match=r"'mlp.up_proj.weight' is in layer 0 of '.*b' and not in layer 1 of '.*odd'"):
+        plan(parse(said))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"peft_type": "LORA", "r": 4}', '{"peft_type": "LORA", "lora_alpha": 8}'])
+def test_a_damaged_adapter_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(BadInput, match="is damaged: "):
+        read_lora(str(tmp_path))

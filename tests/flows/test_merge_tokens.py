@@ -282,7 +282,7 @@ def test_layers_of_models_with_other_tokens(models: Path, recipe: Any, tmp_path:
         ({"tokenizer": {"tokens": {"<x>": {"source": "some/model"}}}}, "from 'some/model', which is no model"),
         ({"tokenizer": {"tokens": {"<x>": {}}}}, "no model has a row for '<x>'; say where it comes from"),
         ({"tokenizer": {"tokens": ["<x>"]}}, "tokens is list"),
-        ({"tokenizer_source": "union", "chat_template": "chatml"}, "chat_template is 'chatml'; auto .* or a Jinja"),
+        ({"tokenizer_source": "union", "chat_template": "chatml"}, "is .chatml.; auto .* text of a Jinja"),
         ({"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "say the same: give one"),
     ],
 )

@@ -21,9 +21,9 @@ from plures.core.errors import BadInput, DiskTrouble, MissingExtra, PluresError,
 from plures.core.recipe import load
 from plures.engine import lookup
 from plures.engine.embed import hashed
-from plures.engine.sidecar import About, Sidecar, Writer
+from plures.engine.sidecar import Sidecar, Writer
 from plures.flows import near as flow
-from plures.flows.embed import alike, embed
+from plures.flows.embed import embed
 from plures.flows.near import Near, near
 from plures.flows.recipes import EmbedRecipe, NearRecipe, SelectRecipe
 from plures.flows.select import select
@@ -255,35 +255,13 @@ def test_what_cannot_be_asked(ask: Ask, pool: Path, tmp_path: Path, monkeypatch:
         near(NearRecipe(str(tmp_path / "other.jsonl"), "a", features=f"{pool}.emb"))
 
 
-def test_older_vectors_say_in_words_what_made_them(ask: Ask, pool: Path) -> None:
-    text = sentences(N)[8]
-    now, path = ask(text), Path(f"{pool}.emb") / "about.json"
+def test_vectors_that_do_not_say_what_made_them_are_refused(ask: Ask, pool: Path) -> None:
+    path = Path(f"{pool}.emb") / "about.json"
     about = json.loads(path.read_text())
     assert (about["model"], about["text"], about["turns"]) == ("", "text", False) and len(about["vectors"]) == 64
-    old = {k: about[k] for k in ("rows", "width", "kind", "pool", "made_by")}
-    path.write_text(json.dumps(old))
-    assert ask(text) == now and Sidecar(path.parent).identity == about["vectors"]
-    path.write_text(json.dumps({**old, "made_by": "hands"}))
+    path.write_text(json.dumps({k: about[k] for k in ("rows", "width", "kind", "pool", "made_by")}))
     with pytest.raises(BadInput, match="does not say what made its vectors"):
-        ask(text)
-
-
-def test_older_words_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[EmbedRecipe] = []
-
-    def model(recipe: EmbedRecipe) -> Any:
-        asked.append(recipe)
-        return None, ""
-
-    monkeypatch.setattr("plures.flows.embed._model", model)
-
-    class Beside:
-        path = Path("v")
-        about = About(3, 32, "f16", "", "sentence-transformers a/b, column body, turns by muvera")
-
-    about, _ = alike(Beside())  # type: ignore[arg-type]
-    assert (about.model, about.text, about.turns) == ("a/b", "body", True)
-    assert (asked[0].model, asked[0].text, asked[0].turns, asked[0].width) == ("a/b", "body", True, 32)
+        ask(sentences(N)[8])
 
 
 def test_conversations_are_asked_with_one_turn(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -210,7 +211,9 @@ def test_a_variant_that_loses_too_much_is_packed_finer_or_kept(fleet: Path, tmp_
 
 def test_variants_that_are_small_already_stay_as_they_are(fleet: Path, tmp_path: Path) -> None:
     with Store.open(fleet) as source, Store.create(tmp_path / "small.fleet", source.base) as small:
-        small.publish(source.load("l0").to_dtype(torch.float8_e4m3fn), "tiny")
+        was = source.load("l0")
+        own = {s: {k: t.to(torch.float8_e4m3fn) for k, t in leaves.items()} for s, leaves in was.own.items()}
+        small.publish(replace(was, own=own), "tiny")
         small.publish(source.load("l1"), "usual")
     done = pack(recipe(tmp_path / "small.fleet", tmp_path / "out", pack={"method": "klt", "error": 0.005}))
     assert {line.was: line.how for line in done.lines} == {"tiny@1": "as it is", "usual@1": "klt"}
@@ -250,8 +253,8 @@ def test_comparisons_and_plans(fleet: Path, tmp_path: Path) -> None:
     by = {c.name: c for c in done.compared}
     assert by["int8"].error < by["int4"].error and by["int8"].n_bytes > by["int4"].n_bytes
     assert any("int4" in line for line in done.told()) and json.dumps(asdict(done))
-    assert plan(recipe(fleet, tmp_path / "out"))[0].startswith("6 variants, 5 of them low-rank, at 21 sites")
-    assert "int8 would take" in plan(recipe(fleet, tmp_path / "out"))[1]
+    assert plan(recipe(fleet, tmp_path / "out")).lines()[0].startswith("6 variants, 5 of them low-rank, at 21 sites")
+    assert "int8 would take" in plan(recipe(fleet, tmp_path / "out")).lines()[1]
 
 
 def test_what_cannot_be_is_refused(fleet: Path, packed: tuple[Path, Any], tmp_path: Path) -> None:
@@ -284,3 +287,17 @@ def test_a_damaged_code_is_told(fleet: Path, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="damaged"):
             into.load("l0")
         assert into.fsck().problems
+
+
+def test_the_same_tensors_under_a_second_name_are_packed_too(fleet: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "two.fleet", tmp_path / "two.packed.fleet"
+    shutil.copytree(fleet, source)
+    with Store.open(source) as store:
+        store.publish(store.load("l0"), "twin")
+    way = {"method": "rtn", "bits": 8}
+    pack(recipe(source, out, pack=way, variants=["l0"]))
+    done = pack(recipe(source, out, pack=way, variants=["l0", "twin"]))
+    assert [line.was for line in done.lines] == ["twin@1"] and done.there == 1
+    assert pack(recipe(source, out, pack=way, variants=["l0", "twin"])).lines == ()
+    with Store.open(out) as into:
+        assert into.names() == ["l0", "twin"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from pyarrow import parquet
 
 from plures.choice import graph, kmeans
 from plures.choice.greedy import Objective
-from plures.core.errors import WrongUse
+from plures.core.errors import StoreBusy, WrongUse
 from plures.core.recipe import load
 from plures.flows import select_cells
+from plures.flows.held import held
 from plures.flows.recipes import SelectRecipe
 from plures.flows.select import plan, select
 from plures.tensors.rng import rng
@@ -173,3 +175,42 @@ def test_large_pools_are_planned_in_cells(recipe: Make) -> None:
     assert small.cells == 1 and small.rows == N and small.seconds > 0 and small.memory_mb > 400
     with pytest.raises(WrongUse, match="cannot be chosen cell by cell"):
         select(recipe("select={method: match}", "target=" + str(recipe().pool)))
+
+
+def test_other_shares_and_probes_are_another_run(recipe: Make, tmp_path: Path) -> None:
+    for lang in ("de", "fr"):
+        shares = tmp_path / f"{lang}.json"
+        shares.write_text(json.dumps({"key": "lang", "weights": {lang: 1.0}}))
+        assert select(recipe(f"shares={shares}")).groups["lang"][lang] == 120
+    before = len(list((tmp_path / "pool" / ".plures").rglob("*.columns.safetensors")))
+    select(recipe("probes=2"))
+    assert len(list((tmp_path / "pool" / ".plures").rglob("*.columns.safetensors"))) > before
+
+
+def test_what_cells_cannot_keep_is_refused(recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(WrongUse, match="'leverage' gives weights of rows"):
+        select(recipe("select={method: leverage}"))
+    with pytest.raises(WrongUse, match="'rs2' gives rows by epochs"):
+        select(recipe("select={method: rs2, epochs: 3}"))
+    with pytest.raises(WrongUse, match="budget auto looks at the whole pool"):
+        plan(recipe("budget=auto", "select={method: kd3}"))
+    with pytest.raises(WrongUse, match="update looks at the whole pool"):
+        plan(recipe(f"update={tmp_path / 'before.parquet'}"))
+    assert not Path(recipe().out).exists()
+
+
+def test_later_epochs_of_parts_name_their_own_rows(recipe: Make) -> None:
+    done = select(recipe("select={method: rs2, epochs: 3}", "parts=random", "budget=20"))
+    table = parquet.read_table(done.out)
+    assert len(table) == 60 and table["plures_epoch"].to_pylist() == [e for e in range(3) for _ in range(20)]
+    got = table["name"].to_pylist()
+    assert len(set(got)) == 60  # without replacement: none comes twice before all others had their turn
+    assert max(int(n[1:]) for n in got[20:]) > 1000  # numbers of the pool, not of what the parts chose
+
+
+def test_one_process_at_a_time_works_on_the_cells(recipe: Make, tmp_path: Path) -> None:
+    select(recipe())
+    (folder,) = (tmp_path / "pool" / ".plures").glob("cells-*")
+    with held(folder / ".lock", "is a test"), pytest.raises(StoreBusy, match="works on the cells"):
+        select(recipe())
+    select(recipe())

@@ -108,7 +108,7 @@ def test_an_earlier_choice_is_updated(recipe: Make, tmp_path: Path) -> None:
     done = select(recipe(f"pool={tmp_path / 'smaller.parquet'}", f"out={b}", f"update={a}", "id=name"))
     assert done.rows == 30 and len(set(first) & set(parquet.read_table(b)["name"].to_pylist())) >= 26
     assert json.loads(Path(b + ".json").read_text())["report"]["kept"] >= 26
-    with pytest.raises(WrongUse, match="update goes with the method dynamic"):
+    with pytest.raises(WrongUse, match=r"update goes with a method that reads an earlier choice \(dynamic\)"):
         select(recipe(f"update={a}", "id=name", "select={method: top}"))
     with pytest.raises(WrongUse, match="say which column"):
         select(recipe(f"update={a}"))

@@ -156,7 +156,7 @@ def test_bad_vectors_are_named(recipe: Make, tmp_path: Path, change: Any, why: s
 
 
 def test_what_cannot_be_asked_of_labels(recipe: Make, tmp_path: Path) -> None:
-    with pytest.raises(WrongUse, match="label_vectors goes with the method mig, and 'top'"):
+    with pytest.raises(WrongUse, match=r"label_vectors goes with a method that joins alike labels \(mig\), and 'top'"):
         select(recipe(f"label_vectors={tmp_path / 'labels.parquet'}", "select={method: top}"))
     with pytest.raises(BadInput, match="does not exist"):
         select(recipe("label_vectors=/nowhere.parquet"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,21 @@ def test_nothing_is_there_before_all_is(base: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         shrink(str(base), SMALLER, tmp_path / "small")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "is damaged: it is no JSON of a configuration"),
+        ("[1]", "is damaged: it is no JSON of a configuration"),
+        ({"num_attention_heads": 0}, "says num_attention_heads '0', and a whole number of at least 1"),
+        ({"num_key_value_heads": 3}, "says 8 heads with '3' for keys"),
+    ],
+)
+def test_a_damaged_configuration_is_told(base: Path, tmp_path: Path, text: Any, why: str) -> None:
+    at = tmp_path / "torn"
+    shutil.copytree(base, at)
+    told = json.loads((at / "config.json").read_text())
+    (at / "config.json").write_text(text if isinstance(text, str) else json.dumps(told | text))
+    with pytest.raises(BadInput, match=why):
+        flow.plan(str(at), SMALLER)

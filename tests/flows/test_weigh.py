@@ -18,11 +18,12 @@ from pyarrow import parquet
 from torch import Tensor, nn
 
 from plures.cli.app import main
-from plures.core.errors import BadInput, RecipeErrors, WrongUse
+from plures.core.errors import BadInput, RecipeErrors, StoreBusy, WrongUse
 from plures.core.recipe import load, template
 from plures.engine.model import load_base, reference
 from plures.engine.weigh import Batch, Settings, Weigher, lambda_gradient
 from plures.flows import weigh as flow
+from plures.flows.held import held
 from plures.flows.recipes import SelectRecipe, WeighRecipe
 from plures.flows.select import plan, select
 from plures.flows.select_shares import Shares
@@ -309,13 +310,13 @@ def test_shares_are_exact(pool: Callable[..., SelectRecipe], tmp_path: Path, sai
 
 
 def test_the_largest_remainders_are_rounded_up() -> None:
-    shares = Shares("", "s", {"a": 0.47, "b": 0.16, "c": 0.158, "d": 0.12, "e": 0.061, "f": 0.031})
+    shares = Shares("s", {"a": 0.47, "b": 0.16, "c": 0.158, "d": 0.12, "e": 0.061, "f": 0.031})
     assert list(shares.counts(10).values()) == [5, 2, 1, 1, 1, 0]  # remainders .7 .6 .58 .2 .61 .31
     r = np.random.default_rng(0)
     for _ in range(200):
         weights = dict(enumerate(r.dirichlet(np.ones(5))))
         n = int(r.integers(1, 999))
-        got = Shares("", "s", {str(k): float(v) for k, v in weights.items()}).counts(n)
+        got = Shares("s", {str(k): float(v) for k, v in weights.items()}).counts(n)
         assert sum(got.values()) == n and all(abs(got[str(k)] - v * n) < 1 for k, v in weights.items())
 
 
@@ -366,3 +367,11 @@ def test_the_command_weighs_and_select_reads(recipe: Make, tmp_path: Path, capsy
     assert code == 0 and chosen == Shares.read(told.out).counts(12)
     assert say("weigh", str(tmp_path / "weigh.yaml"), "b.yaml")[0] == 2
     assert "lr_weights: 0.03" in template(WeighRecipe)
+
+
+def test_one_process_at_a_time_writes_a_file(recipe: Make, tmp_path: Path) -> None:
+    lock = tmp_path / "weights.json.lock"
+    with held(lock, "is a test"), pytest.raises(StoreBusy, match=r"another process writes '.*weights\.json'"):
+        weigh(recipe("steps=2"))
+    weigh(recipe("steps=2"))
+    assert not lock.exists()

@@ -17,6 +17,7 @@ from plures.core.folder import options_of
 from plures.engine.data import read_rows
 from plures.engine.model import load_base, reference
 from plures.engine.pairs import PairBatches, encode_pairs, log_probs
+from plures.engine.rate import pair_loss
 from plures.engine.score import logits_of
 from plures.loss import losses
 from plures.loss.sft import summed_loss
@@ -73,6 +74,8 @@ def test_dpo_is_equation_7_in_float64(beta: float, smoothing: float) -> None:
 
     want = -sum((1 - smoothing) * math.log(sigmoid(m)) + smoothing * math.log(sigmoid(-m)) for m in margins)
     assert nats.item() == pytest.approx(want, rel=1e-6)
+    each = pair_loss(loss, -torch.tensor([chosen, rejected]).T, torch.zeros(2, 2))  # what rows are rated by
+    assert each.shape == (2,) and each.sum().item() == pytest.approx(want, rel=1e-6)
     assert loss.count(batch) == 2
     assert shown["accuracy"].item() == 1
     assert shown["margin"].item() == pytest.approx(sum(margins), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -290,3 +291,20 @@ def test_wrong_options(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(WrongUse) as told:
         packs.make(name, **options)
     assert said in str(told.value)
+
+
+@every
+def test_it_says_its_paper_and_what_it_can_do(name: str) -> None:
+    kind = packs[name]
+    said = inspect.getdoc(kind) or ""
+    assert "\nPaper: " in said and "\nDeparts from the paper: " in said and "\nSource:" not in said
+    made = packs.make(name)
+    assert kind.free == (not made.fit(lambda: iter(fleet("trained")), SITES))  # type: ignore[attr-defined]
+    finer = made.finer(0.5)
+    assert finer is None or finer.error == pytest.approx(made.error / 2)
+    assert made.bounds <= (finer is not None)  # an error that is bounded may be asked for
+
+
+def test_errors_are_as_fine_as_may_be_asked_for() -> None:
+    assert packs.make("klt", error=0.006).finer(0.25).error == 0.005
+    assert packs.make("svd", rank=4).finer(0.5) is None

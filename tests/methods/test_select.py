@@ -16,7 +16,8 @@ from plures.select import selects
 from plures.tensors.rng import rng
 
 CASES = [(name, options) for name, row in PICKS.items() for options in (row.options, *row.variants)]
-PARTS = {"features", "graph", "labels", "target", "cost", "signatures", "triplets", "judge"}
+PARTS = {"features", "graph", "labels", "target", "cost", "signatures", "triplets", "judge", "alike", "chosen"}
+KINDS = ("may_lack", "by_group", "by_vector", "by_sum", "plain")  # of which options something else is to be read
 every = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
 
 
@@ -38,8 +39,10 @@ def test_the_oracle(name: str) -> None:
 def test_options_are_scalars_with_help_and_needs_are_known(name: str) -> None:
     made = selects.make(name, **PICKS[name].options)
     assert made.needs <= PARTS
-    kinds = ("may_lack", "by_group", "by_vector", "by_sum", "plain")
-    said = frozenset().union(*(getattr(made, of, ()) for of in kinds))
+    classwide = {k for k, kind in type(made).__annotations__.items() if str(kind).startswith("ClassVar")}
+    assert classwide <= {"needs", "greedy", *KINDS}, "a class variable that nobody reads: is it misspelt?"
+    assert set(getattr(made, "greedy", ())) <= set(options_of(type(made)))
+    said = frozenset().union(*(getattr(made, of, ()) for of in KINDS))
     assert said <= set(options_of(type(made)))
     assert inspect.getdoc(made.choose)
     for option, (_, default, text) in options_of(type(made)).items():

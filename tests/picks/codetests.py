@@ -100,7 +100,8 @@ def codetests() -> None:
     it_finds_right_programs_where_most_tests_do_not()
     none = Pool(3, labels=Labels.of([{}, {}, {}]), groups={"prompt": Group.of("aab")})
     assert selects.make("codetests").choose(none, Budget(rows=2), rng(0)).rows.tolist() == [0, 2]
-    for options, text in (({"rule": "dstc"}, "b4 or codet"), ({"beta_0": 0.0}, "above 0"), ({"tests": -1}, "at least")):
+    wrong = (({"rule": "dstc"}, r"'b4' \| 'codet'"), ({"beta_0": 0.0}, "above 0"), ({"tests": -1}, "at least"))
+    for options, text in wrong:
         with pytest.raises(WrongUse, match=text):
             selects.make("codetests", **options)
     with pytest.raises(WrongUse, match="programs of one problem pass"):

@@ -104,7 +104,8 @@ def d3s() -> None:
     the_rest_lowers_the_variance_least()
     equal_rewards_have_no_advantage_and_lower_rows_are_first()
     tokens_are_filled()
-    for options, text in (({"m": 1}, "at least 2"), ({"across": "x"}, "batch or prompt"), ({"across": "prompt"}, "m")):
+    wrong = (({"m": 1}, "at least 2"), ({"across": "x"}, r"'batch' \| 'prompt'"), ({"across": "prompt"}, "m"))
+    for options, text in wrong:
         with pytest.raises(WrongUse, match=text):
             selects.make("d3s", **options)
 

@@ -86,7 +86,7 @@ def prof() -> None:
     sides_are_balanced_by_dropping_what_contradicts()
     incorrect_ones_may_be_dropped_at_random()
     rows_may_be_in_any_order()
-    with pytest.raises(WrongUse, match="both or correct"):
+    with pytest.raises(WrongUse, match=r"'both' \| 'correct', got 'incorrect'"):
         selects.make("prof", filter="incorrect")
     with pytest.raises(WrongUse, match="0 or 1"):
         selects.make("prof", correct="reward").choose(pool(), Budget(rows=3), rng(0))

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from plures.core.errors import WrongUse
 from plures.core.folder import method
+from plures.core.units import lora_scale
 from plures.tensors.rng import Rng, smallest_int, uniform
 from plures.tensors.site import Site, Tensors
 
@@ -66,7 +67,7 @@ class Fedsa:
     @property
     def scale(self) -> float:
         """What `B A` is multiplied by in the forms of LoRA."""
-        return self.alpha / (self.r**0.5 if self.form == "rslora" else self.r)
+        return lora_scale(self.alpha, self.r, self.form == "rslora")
 
     def group(self, site: Site) -> str:
         """Each site by itself, under its name: only variants share its A. For vera, all sites of one shape."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plures.core.errors import WrongUse
 from plures.core.folder import method
+from plures.core.units import lora_scale
 from plures.tensors.rng import Rng, uniform
 from plures.tensors.site import Site, Tensors
 
@@ -48,7 +49,7 @@ class Lora:
     @property
     def scale(self) -> float:
         """What `B A` is multiplied by."""
-        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+        return lora_scale(self.alpha, self.r, self.rslora)
 
     def group(self, site: Site) -> str:
         """Nothing is shared."""

@@ -164,26 +164,6 @@ class Mos:
         B = pool["B"].index_select(0, index[1])
         return y + (h @ B.view(rank, -1).to(x.dtype)).to(y.dtype)
 
-    def forward_pooled(self, x: Tensor, y: Tensor, own: Tensors, pool: Tensors) -> Tensor:
-        """The same map without A or B: one product with the pool, then a gather, and its mirror for B.
-
-        With x cut into l parts, `(A x)_i = sum_j pool_A[index[i*l+j]] . x_j`: every part meets the whole pool once
-        (`[..., l, e*L*l]`), and each rank picks l of those numbers. For B, each rank's number is added to the l
-        pool rows that its vector is made of, and one product with the pool gives the l parts of the output. Many
-        variants that share a pool share these products; for one variant the gather is cheaper.
-        """
-        index = own["index"].long()
-        l, rank = self.l, index.shape[1] // self.l
-        parts = x.reshape(*x.shape[:-1], l, -1) @ pool["A"].T.to(x.dtype)  # [..., l, rows]
-        picks = index[0].view(rank, l).T.expand(*parts.shape[:-2], l, rank)
-        h = parts.gather(-1, picks).sum(-2) * (self.alpha / rank)  # [..., rank]
-        if "scale" in own:
-            h = h * own["scale"].to(x.dtype)
-        spread = torch.zeros(*h.shape[:-1], l, pool["B"].shape[0], dtype=x.dtype, device=x.device)
-        into = index[1].view(rank, l).T.expand(*h.shape[:-1], l, rank)
-        spread = spread.scatter_add(-1, into, h.unsqueeze(-2).expand(*h.shape[:-1], l, rank))
-        return y + (spread @ pool["B"].to(x.dtype)).flatten(-2).to(y.dtype)
-
 
 def _divisor(width: int, near: int) -> int:
     """The divisor of `width` nearest to `near`."""

@@ -22,8 +22,10 @@ from plures.adapt._lay import Laid, lay
 from plures.bridges.on_model import PREFIX
 from plures.bridges.peft import FORMAT_VERSION
 from plures.core.errors import BadInput, PluresError, WrongUse, disk
+from plures.core.units import lora_alpha, lora_scale
 from plures.tensors import safe
 from plures.tensors.site import Site, grouped
+from plures.tensors.together import new_folder
 from plures.tensors.variant import BaseRef, Variant, from_flat
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "plures.json"
@@ -34,24 +36,21 @@ Shapes = Mapping[str, tuple[int, int]]  # site -> (out, into), of the base
 
 
 def write_folder(variant: Variant, folder: Path, *, name: str = "") -> None:
-    """Write `variant` as a Hugging Face adapter folder; the weights come last, so a torn folder does not load.
+    """Write `variant` as a Hugging Face adapter folder, which is whole or not there.
 
-    Raises: WrongUse where `folder` exists and is not empty.
+    Raises: WrongUse where `folder` exists and is not empty; DiskTrouble.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WrongUse(f"{str(folder)!r} exists and is not empty; name a new folder")
     keys = _lora_keys(variant) if variant.method == "lora" else _plures_keys(variant)
     config = _lora_config(variant) if variant.method == "lora" else _plures_config(variant)
     manifest = variant.manifest() | {"tensors": {k: safe.tensor_hash(t) for k, t in keys.items()}}
-    with disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for file, text in (
-        (CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n"),
-        (MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n"),
-        ("README.md", model_card(variant, name)),
-    ):
-        safe.write_bytes(folder / file, text.encode())
-    safe.write(folder / WEIGHTS, keys, {"format": "pt"})
+    with new_folder(folder) as part:
+        for file, text in (
+            (CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n"),
+            (MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n"),
+            ("README.md", model_card(variant, name)),
+        ):
+            safe.write_bytes(part / file, text.encode())
+        safe.write(part / WEIGHTS, keys, {"format": "pt"})
 
 
 def _extra_keys(variant: Variant) -> dict[str, Tensor]:
@@ -111,11 +110,12 @@ def _plures_config(variant: Variant) -> dict[str, Any]:
 def _lora_config(variant: Variant) -> dict[str, Any]:
     method = adapts.make("lora", **variant.options)
     ranks = {s: int(leaves["A"].shape[0]) for s, leaves in variant.own.items()}
-    odd = {s: r for s, r in ranks.items() if r != method.r}
+    top = max(method.r, *ranks.values())  # servers make room by `r` alone, and scale every site by `lora_alpha`
+    odd, alpha = {s: r for s, r in ranks.items() if r != top}, lora_alpha(method.scale, top, method.rslora)
     return _common_config(variant) | {
-        "peft_type": "LORA", "r": method.r, "lora_alpha": method.alpha, "lora_dropout": 0.0, "fan_in_fan_out": False,
-        "use_rslora": method.rslora, "init_lora_weights": True, "rank_pattern": odd,
-        "alpha_pattern": {s: method.scale * (r**0.5 if method.rslora else r) for s, r in odd.items()},
+        "peft_type": "LORA", "r": top, "lora_alpha": method.alpha if top == method.r else alpha, "lora_dropout": 0.0,
+        "fan_in_fan_out": False, "use_rslora": method.rslora, "init_lora_weights": True, "rank_pattern": odd,
+        "alpha_pattern": {s: lora_alpha(method.scale, r, method.rslora) for s, r in odd.items()},
     }  # fmt: skip
 
 
@@ -160,7 +160,9 @@ def read_folder(folder: Path, base: BaseRef, shapes: Shapes, whole: Mapping[str,
     if not (folder / WEIGHTS).is_file():
         for pickle in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
             safe.refuse_pickle(pickle)
-        raise BadInput(f"{str(folder)!r} is no adapter folder: it has no {WEIGHTS}")
+        inner = sorted([*folder.glob(f"*/{WEIGHTS}"), *folder.glob(f"*/*/{WEIGHTS}")])
+        hint = f"; there is one in it: {str(inner[0].parent)!r} ({len(inner)} in all)" if inner else ""
+        raise BadInput(f"{str(folder)!r} is no adapter folder: it has no {WEIGHTS}{hint}")
     try:
         return _read(folder, base, shapes, whole)
     except PluresError:
@@ -219,14 +221,14 @@ def _check_whole(folder: Path, variant: Variant, modules: Sequence[str], whole: 
     """Every tensor beside the adapter is of a module that the config names, complete, and in the base's shape."""
     for name, t in variant.extra.items():
         owner = name.rpartition(".")[0]
-        if not any(f".{m}." in f".{owner}." for m in modules):
+        if not any(f"{m}." in f"{owner}." for m in modules):  # PEFT: each module whose name ends so
             raise BadInput(f"{str(folder / WEIGHTS)!r} has an unknown tensor {name!r}")
         if whole.get(name) != tuple(t.shape):
             here = list(whole[name]) if name in whole else "absent"
             raise BadInput(f"{str(folder)!r} is an adapter of another base: {name!r} is {list(t.shape)} in it "
                            f"and {here} in this base")  # fmt: skip
     for m in modules:
-        wanted = {n for n in whole if f".{m}." in f".{n.rpartition('.')[0]}."}
+        wanted = {n for n in whole if f"{m}." in f"{n.rpartition('.')[0]}."}
         lacking = sorted(wanted - set(variant.extra))
         if lacking or not wanted:
             raise BadInput(f"{str(folder / WEIGHTS)!r} lacks {lacking[0] if lacking else m!r} of modules_to_save")
@@ -299,6 +301,7 @@ _NOT_LORA = {
     "trainable_token_indices": "trained token embeddings", "layer_replication": "layer replication",
     "lora_bias": "a LoRA bias",
 }  # fmt: skip
+_HEAVY = re.compile(r"\)[*+{]|(?:(?<!\()[*+?{].*){4}", re.S)  # a group repeated, or four repeats
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others move the base's own weights
 
 
@@ -333,13 +336,17 @@ def _from_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     r, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
     method = adapts.make("lora", r=r, alpha=alpha, rslora=bool(config.get("use_rslora", False)))
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for pattern in (*ranks, *alphas):
+        if _HEAVY.search(pattern) or len(pattern) > 2000 or max(map(pattern.count, "([")) > 2:
+            raise BadInput(f"{str(folder)!r}: the pattern {pattern[:80]!r} of its ranks or alphas could take for ever; "
+                           "use names of sites, at most 2 groups and 3 repeats, no group repeated")  # fmt: skip
     for site, leaves in own.items():
         rank = int(_by_pattern(ranks, site, r))
         if leaves["A"].shape[0] != rank or leaves["B"].shape[1] != rank:
             raise BadInput(
                 f"{str(folder)!r}: the factors of {site!r} have rank {leaves['A'].shape[0]}, its config says {rank}"
             )
-        scale = float(_by_pattern(alphas, site, alpha)) / (rank**0.5 if method.rslora else rank)
+        scale = lora_scale(float(_by_pattern(alphas, site, alpha)), rank, method.rslora)
         if scale != method.scale and not ours:
             leaves["B"] = leaves["B"] * (scale / method.scale)
     group_of = dict.fromkeys(own, "")
@@ -359,7 +366,7 @@ def check_shapes(where: str, variant: Variant, shapes: Shapes) -> None:
     """Raise BadInput unless every site is the base's, and every tensor what the method lays there."""
     for site in variant.sites:
         if shapes.get(site.name) != (site.out, site.into):
-            here = list(shapes[site.name]) if site.name in shapes else "absent"
+            here = list(shapes[site.name]) if site.name in shapes else "no site (a linear map, not the output head)"
             raise BadInput(f"{where} is an adapter of another base: {site.name!r} is "
                            f"[{site.out}, {site.into}] in it and {here} in this base")  # fmt: skip
     check_tensors(variant, where)

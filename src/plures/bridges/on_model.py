@@ -18,7 +18,7 @@ from plures.adapt._lay import Laid
 from plures.bridges.peft import PluresConfig, PluresLayer, fill_layers
 from plures.core.errors import BadInput, WrongUse
 from plures.tensors.site import grouped
-from plures.tensors.variant import BaseRef, Variant
+from plures.tensors.variant import BaseRef, Variant, plain_lora
 
 PREFIX = "base_model.model."
 
@@ -53,6 +53,7 @@ def put_on(model: Any, config: PluresConfig, slot: str, low_cpu_mem_usage: bool 
     """`model` (a base, or a PEFT model) with a new adapter of `config` under the name `slot`."""
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5 by a name that is going away
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `_put` unties on merging
         if isinstance(model, PeftModel):
             model.add_adapter(slot, config, low_cpu_mem_usage=low_cpu_mem_usage)
             return model
@@ -146,8 +147,7 @@ def as_lora(variant: Variant) -> Variant:
         own[site.name] = {"A": A.contiguous().clone(), "B": B.contiguous().clone()}
         rank = max(rank, A.shape[0])
     facts = {**variant.provenance, "was": {"method": variant.method, "options": dict(variant.options)}}
-    return Variant("lora", asdict(adapts.make("lora", r=rank, alpha=float(rank))), variant.base, variant.sites,
-                   dict.fromkeys(variant.group_of, ""), own, {}, variant.extra, facts)  # fmt: skip
+    return plain_lora(variant.base, variant.sites, own, rank, variant.extra, facts)
 
 
 def factors(variant: Variant) -> dict[str, tuple[Tensor, Tensor]] | None:

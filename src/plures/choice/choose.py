@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from plures.choice import polish, quota
-from plures.choice.greedy import NONE, Limits, Objective, State, bound, gains, greedy
+from plures.choice.greedy import NONE, Limits, Objective, State, bound, greedy
 from plures.choice.pool import Budget, Pool, Selection
 from plures.core.errors import WrongUse
 
@@ -195,8 +195,3 @@ def _ordered(objective: Objective, rows: Array, fixed: int) -> tuple[Array, Arra
     k = len(rows)
     limits = Limits(np.ones(objective.n, np.int64), k, False, np.zeros(objective.n, np.int32), np.array([k]), blocked)
     return greedy(objective, limits, rows[:fixed])
-
-
-def upper(objective: Objective, state: State) -> Array:
-    """What every row would add to a selection's state, `[n]`."""
-    return np.asarray(gains(objective.arrays(), state, objective.n))

@@ -42,11 +42,6 @@ class Graph:
         """Rows."""
         return len(self.start) - 1
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the arrays."""
-        return int(self.start.nbytes + self.index.nbytes + self.near.nbytes)
-
 
 def nearest(features: Array, k: int, rng: Rng, *, probes: int = 12, lists: int | None = None, threads: int = 1,
             iterations: int = 4, tell: Callable[[float], None] | None = None) -> tuple[Array, Array]:  # fmt: skip

@@ -251,7 +251,7 @@ def down(heap: Any, key: Any, at: Any, size: Any) -> None:  # pragma: no cover -
 @njit(cache=True, nogil=True)
 def _loop(t: Any, s: Any, n: Any, cost: Any, limit: Any, by_cost: Any, cell: Any, room: Any, blocked: Any, apart: Any,
           graph_start: Any, graph_index: Any, graph_near: Any, most: Any) -> Any:  # fmt: skip
-    """Choose until `limit` of cost is spent, `most` rows are chosen, or no row may be; returns rows, gains, steps.
+    """Choose until `limit` of cost is spent, `most` rows are chosen, or no row may be; returns rows and gains.
 
     `room [cells]` is the cost that each cell of rows may still take; a row that is `blocked` is out. `by_cost` takes
     the row that adds most for its cost.
@@ -269,7 +269,7 @@ def _loop(t: Any, s: Any, n: Any, cost: Any, limit: Any, by_cost: Any, cell: Any
         down(heap, key, at, size)
     rows, added = np.empty(min(most, n), np.int64), np.empty(min(most, n))
     stamp = np.zeros(n, np.int64)
-    k, spent, evaluated, w = 0, 0, size, t.weights
+    k, spent, w = 0, 0, t.weights
     while size and k < most:
         i = heap[0]
         if blocked[i] or spent + cost[i] > limit or cost[i] > room[cell[i]]:
@@ -290,7 +290,6 @@ def _loop(t: Any, s: Any, n: Any, cost: Any, limit: Any, by_cost: Any, cell: Any
                 g += w[4] * np.log1p(w[5] * _square(t.features, i, s.inverse, s.met[0]))
             key[0] = min(key[0], g / cost[i] if by_cost else g)  # rounding may not lift a bound
             stamp[i] = k
-            evaluated += 1
             down(heap, key, 0, size)
             continue
         added[k] = add(t, s, i)
@@ -303,7 +302,7 @@ def _loop(t: Any, s: Any, n: Any, cost: Any, limit: Any, by_cost: Any, cell: Any
             for a in range(graph_start[i], graph_start[i + 1]):
                 if graph_near[a] >= apart:
                     blocked[graph_index[a]] = True
-    return rows[:k].copy(), added[:k].copy(), evaluated
+    return rows[:k].copy(), added[:k].copy()
 
 
 class Limits(NamedTuple):
@@ -341,8 +340,8 @@ def greedy(objective: Objective, limits: Limits, first: Array | None = None) -> 
     begun = np.zeros(0, np.int64) if first is None else np.asarray(first, np.int64)
     added = np.array([add(t, s, int(i)) for i in begun])
     now, g = after(limits, begun), limits.graph
-    rows, gained, _ = _loop(t, s, objective.n, now.cost, now.limit, now.by_cost, now.cell, now.room, now.blocked,
-                            now.apart, g.start, g.index, g.near, objective.n)  # fmt: skip
+    rows, gained = _loop(t, s, objective.n, now.cost, now.limit, now.by_cost, now.cell, now.room, now.blocked,
+                         now.apart, g.start, g.index, g.near, objective.n)  # fmt: skip
     return np.concatenate([begun, rows]), np.concatenate([added, gained]), s
 
 

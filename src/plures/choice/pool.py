@@ -193,7 +193,8 @@ class Budget:
             raise WrongUse(f"{len(self.include)} rows are included, and the budget is {self.rows}")
         for name, rows in (("include", self.include), ("exclude", self.exclude)):
             if len(rows) and (rows.min() < 0 or rows.max() >= pool.n):
-                raise WrongUse(f"{name} names row {int(rows.max())}; rows are 0 to {pool.n - 1}")
+                wrong = int(rows[(rows < 0) | (rows >= pool.n)][0])
+                raise WrongUse(f"{name} names row '{wrong}'; rows are 0 to {pool.n - 1}")
         for quota in self.quotas:
             if quota.group not in pool.groups:
                 raise WrongUse(f"the pool has no group column {quota.group!r}.{nearest(quota.group, pool.groups)}")

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 import plures.cli
+from plures.cli.output import plain
 from plures.core.errors import PluresError
 
 NO_VERB = ("app", "output", "progress")
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> Any:
     except PluresError as error:
         if os.environ.get("PLURES_DEBUG"):
             raise
-        print(f"plures: {error}", file=sys.stderr)
+        print(f"plures: {plain(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("plures: interrupted", file=sys.stderr)
@@ -74,6 +75,6 @@ def main(argv: list[str] | None = None) -> Any:
     except Exception as error:
         if os.environ.get("PLURES_DEBUG"):
             raise
-        print(f"plures: internal error, please report it: {type(error).__name__}: {error} (PLURES_DEBUG=1 shows where)",
-              file=sys.stderr)  # fmt: skip
+        print(f"plures: internal error, please report it: {type(error).__name__}: {plain(error)} "
+              "(PLURES_DEBUG=1 shows where)", file=sys.stderr)  # fmt: skip
         sys.exit(1)

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from plures.cli.output import JsonOption, say_json
+from plures.cli.output import JsonOption, read_recipe, say_json, say_plan, split_said
 
 
 def command(
     recipe: Annotated[
         list[str] | None, typer.Argument(help="recipe.yaml and overrides key=value; none: the demo's base and tenants.")
     ] = None,
-    on: Annotated[str, typer.Option(help='"ray": cells as Ray tasks; else processes of this machine.')] = "",
+    on: Annotated[
+        Literal["ray"] | None, typer.Option(help="Cells as Ray tasks; left out: processes of this machine.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how many trainings it would take, and stop.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compare methods at several sizes on one base and the same rows; resumable. See `plures recipe bench`."""
     from pathlib import Path
 
-    from plures.core.errors import WrongUse
-    from plures.core.recipe import load
     from plures.flows.bench import bench, on_ray, processes
     from plures.flows.recipes import BenchRecipe
 
-    said = recipe or []
-    files = [r for r in said if "=" not in r]
-    if len(files) > 1:
-        raise WrongUse(f"one recipe at a time, got {', '.join(map(repr, files))}; overrides are written key=value")
-    if on not in ("", "ray"):
-        raise WrongUse(f"--on must be ray, or left out, got {on!r}")
+    files, said = split_said(recipe or [])
     if files:
-        source: Path | dict[str, object] = Path(files[0])
+        loaded = read_recipe(BenchRecipe, "bench", recipe or [])
     else:
-        from plures.demo.bench import recipe as of_the_demo
+        from plures.demo import bench as of_the_demo
 
-        out = next((r.removeprefix("out=") for r in said if r.startswith("out=")), "bench")
-        source = of_the_demo(Path(out))
-    loaded = load(BenchRecipe, source, [r for r in said if "=" in r], where=files[0] if files else "bench")
+        loaded = of_the_demo.recipe(said)
+    if plan:
+        from plures.flows import bench_plan
+
+        say_plan(bench_plan.plan(loaded), json)
+        return
+    if not files:
+        of_the_demo.write(loaded)
     told = bench(loaded, on=on_ray if on else processes, say=lambda text: typer.echo(text, err=True))
     if json:
         say_json(told)

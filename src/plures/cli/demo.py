@@ -12,10 +12,10 @@ from plures.cli.output import JsonOption, say_json
 def command(
     out: Annotated[str, typer.Option(help="Folder for the demo's fleet and page.")] = "demo",
     tenants: Annotated[str, typer.Option(help="Tenants, comma-separated; none: three of them; 'all': every one.")] = "",
-    seeds: Annotated[int, typer.Option(help="Repeat with so many seeds.")] = 1,
-    steps: Annotated[int, typer.Option(help="Training steps of each variant.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Repeat with so many seeds.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Training steps of each variant.", min=1)] = 100,
     workers: Annotated[
-        int, typer.Option(help="Variants trained at once; 0: as many as there are cores, at most 4.")
+        int, typer.Option(help="Variants trained at once; 0: as many as there are cores, at most 4.", min=0)
     ] = 0,
     json: JsonOption = False,
 ) -> None:

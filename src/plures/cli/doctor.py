@@ -17,7 +17,8 @@ def command(json: JsonOption = False) -> None:
         say_json([vars(c) for c in checks])
     else:
         for c in checks:
-            typer.echo(f"{'ok ' if c.good else 'NO ' if c.needed else '-- '} {c.what}: {c.found}")
+            mark = "ok " if c.good else "NO " if c.needed else "-- "
+            typer.echo(f"{mark} {c.what}: {c.found}" + (f"; for {c.use}" if c.use else ""))
     bad = [c.what for c in checks if c.needed and not c.good]
     if bad:
         raise BarNotMet(f"not ready: {', '.join(bad)}")

@@ -31,7 +31,7 @@ def command(
         return
     tasks = list(done.elites)
     header = ("", *(f"{t} {part}" for part in ("searched", "check") for t in tasks), "published")
-    table(header, [(line.who, *(f"{-of[t]:.4f}" for of in (line.search, line.check) for t in tasks), line.version)
+    table(header, [(line.who, *(f"{-of[t]:.4f}" for of in (line.search, line.check) for t in tasks), line.ref)
                    for line in done.lines])  # fmt: skip
     elites = ", ".join(f"{n} at {task}" for task, n in done.elites.items())
     typer.echo(f"bits per byte, lower is better; only the columns of check are of rows that nothing was chosen by. "

@@ -20,6 +20,7 @@ def command(
 ) -> None:
     """Export a variant as a PEFT folder, as plain LoRA, or merged into a whole model."""
     from plures.flows.fleet import Fleet
+    from plures.flows.handover import for_servers
 
     with Fleet(fleet_path(fleet)) as opened:
         variant = opened[ref]
@@ -35,3 +36,5 @@ def command(
         )
     else:
         typer.echo(f"{variant.version.ref} as {form} in {folder}")
+        for line in for_servers(folder, variant.version.ref) if form == "lora" else ():
+            typer.echo(line)

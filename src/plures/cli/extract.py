@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
+from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json, say_plan, told
 
 
 def command(
@@ -14,20 +14,21 @@ def command(
     name: Annotated[str, typer.Option("--name", help="What the variant is called.")],
     fleet: FleetOption = "",
     rank: Annotated[int, typer.Option(help="Its rank.", min=1)] = 16,
-    rest: Annotated[str, typer.Option(help="Other tuned parameters: refuse, keep (whole) or drop.")] = "refuse",
+    rest: Annotated[
+        Literal["refuse", "keep", "drop"], typer.Option(help="Other tuned parameters; keep: whole.")
+    ] = "refuse",
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would read and write, and stop.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Publish the low-rank part of what a tuned model adds to the base, and say what is lost."""
-    from typing import cast
-
-    from plures.core.errors import WrongUse
     from plures.flows import extract as flow
 
-    if rest not in ("refuse", "keep", "drop"):
-        raise WrongUse(f"--rest {rest!r} is not one of refuse, keep, drop")
-    done = flow.extract(fleet_path(fleet), tuned, name, rank=rank, rest=cast(flow.Rest, rest))
+    if plan:
+        say_plan(flow.plan(fleet_path(fleet), tuned, name, rank=rank), json)
+        return
+    done = flow.extract(fleet_path(fleet), tuned, name, rank=rank, rest=rest)
     if json:
-        say_json({"version": done.version.ref, "error": done.error, "worst": done.worst, "worst_site": done.worst_site,
+        say_json({**told(done.version), "error": done.error, "worst": done.worst, "worst_site": done.worst_site,
                   "others": done.others})  # fmt: skip
         return
     typer.echo(f"published {done.version.ref}, a LoRA of rank {rank}: {100 * done.error:.2g} % from what was tuned, "

@@ -16,6 +16,7 @@ def command(
 ) -> None:
     """Prove every blob's and tensor's hash; exit 5 where something is wrong."""
     from plures.core.errors import BarNotMet
+    from plures.core.units import si_bytes
     from plures.store import Store
 
     with Store.open(fleet_path(fleet)) as store:
@@ -25,7 +26,8 @@ def command(
     else:
         for problem in report.problems:
             typer.echo(problem)
-        typer.echo(f"{'clean' if not report.problems else f'{len(report.problems)} problems'}; "
-                   f"{len(report.reclaimable)} reclaimable files (plures gc)")  # fmt: skip
+        found = f"{len(report.problems)} problems" if report.problems else "clean"
+        spare = f"{len(report.reclaimable)} reclaimable files, {si_bytes(report.reclaimable_bytes)} (plures gc)"
+        typer.echo(f"{found}; {spare}")
     if report.problems:
         raise BarNotMet(f"the fleet is damaged: {len(report.problems)} problems")

@@ -10,7 +10,7 @@ from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
 
 
 def command(
-    dry: Annotated[bool, typer.Option("--dry", help="Only say what would be freed.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be freed, and stop.")] = False,
     fleet: FleetOption = "",
     json: JsonOption = False,
 ) -> None:
@@ -19,8 +19,8 @@ def command(
     from plures.store import Store
 
     with Store.open(fleet_path(fleet)) as store:
-        freed, usage = store.gc(dry=dry), store.usage()
+        freed, usage = store.gc(dry=plan), store.usage()
     if json:
-        say_json({"freed_bytes": freed, "dry": dry, "usage": usage})
+        say_json({"freed_bytes": freed, "plan": plan, "usage": usage})
     else:
-        typer.echo(f"{'would free' if dry else 'freed'} {si_bytes(freed)}")
+        typer.echo(f"{'would free' if plan else 'freed'} {si_bytes(freed)}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
+from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json, say_text
 
 
 def command(
@@ -14,9 +14,9 @@ def command(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The text to go on from; - reads standard input.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of probability that is drawn from.", min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
     route: Annotated[
         str, typer.Option(help="They answer as one, by mean, drm or 'posterior prior=.7,.3'; none: each by itself.")
@@ -61,7 +61,7 @@ def command(
     for r, answer in zip(refs, answers, strict=True):
         if len(refs) > 1:
             typer.echo(f"--- {r}")
-        typer.echo(answer.text)
+        say_text(answer.text)
 
 
 def _answer_file(fleet: object, requests: str, out: str, json: bool) -> None:

@@ -16,15 +16,15 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Begin a fleet: a folder that holds all variants of one base."""
-    from pathlib import Path
+    from plures.flows.begin import begin
 
-    from plures.engine.model import reference
-    from plures.store import Store
-
-    with Store.create(Path(path), reference(base, revision)) as store:
-        ref = store.base
+    done = begin(path, base, revision)
+    ref, was = done.base, done.was
     if json:
-        say_json({"fleet": path, "base": ref.name, "revision": ref.revision, "hash": ref.hash})
+        say_json({"fleet": path, "base": ref.name, "revision": ref.revision, "hash": ref.hash,
+                  "was": was.name if was else None})  # fmt: skip
+    elif was is not None:
+        typer.echo(f"{path}: its base is {ref.name} from now on; it was {was.name}")
     else:
         typer.echo(
             f"{path}: a fleet of {ref.name} ({ref.hash[:12]}). Next: plures train fleet={path} name=… data.train=…"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json, table
+from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json, table, told
 
 
 def command(
@@ -23,7 +23,7 @@ def command(
         found = store.versions(name or None, all=all)
         scores = {v.ref: {s.metric: s.value for s in store.scores(v.ref)} for v in found}
     if json:
-        say_json([vars(v) | {"ref": v.ref, "scores": scores[v.ref]} for v in found])
+        say_json([told(v) | {"scores": scores[v.ref]} for v in found])
         return
     rows = [
         [v.ref, ",".join(v.aliases) or "-", v.method, v.trained if v.trained is not None else "-", si_bytes(v.n_bytes),

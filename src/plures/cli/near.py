@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import JsonOption, say_json, table
+from plures.cli.output import JsonOption, say_json, say_text, split_said, table
 
 TEXT = 80  # characters of a row's text that are shown
 
@@ -15,14 +15,13 @@ def command(
     pool: Annotated[str, typer.Argument(help="The rows that were embedded: a .parquet or .jsonl file, or a folder.")],
     given: Annotated[list[str] | None, typer.Argument(metavar="[QUERY]", help="A text, and key=value.")] = None,
     features: Annotated[str, typer.Option("--features", help="The folder of vectors; none: the pool's name.emb.")] = "",
-    k: Annotated[int | None, typer.Option("-k", help="Rows for each query.")] = None,
+    k: Annotated[int | None, typer.Option("-k", help="Rows for each query.", min=1)] = None,
     like: Annotated[str, typer.Option("--like", help="Rows to ask with, in place of a query.")] = "",
     among: Annotated[str, typer.Option("--among", help="Only rows of this choice by plures select.")] = "",
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every row, without an index.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Find the rows nearest to a text, by the vectors of `plures embed`. See `plures recipe near` for all keys."""
-    import re
     from dataclasses import asdict
 
     from plures.core.errors import WrongUse
@@ -30,8 +29,7 @@ def command(
     from plures.flows.near import near
     from plures.flows.recipes import NearRecipe
 
-    said = [g for g in given or () if re.match(r"\w+=", g)]
-    texts = [g for g in given or () if g not in said]
+    texts, said = split_said(given or ())
     if len(texts) > 1:
         raise WrongUse(f"{texts[1]!r} follows the query {texts[0]!r}: give one, in quotes; a pool of several files is "
                        "named as their folder")  # fmt: skip
@@ -44,7 +42,7 @@ def command(
         return
     for answer in done.answers:
         if like:
-            typer.echo(f"# {_line(answer.query)}")
+            say_text(f"# {_line(answer.query)}")
         rows = [(f"{r.cosine:.4f}", r.file, r.group, r.offset, _line(r.text)) for r in answer.rows]
         table(("cosine", "file", "group", "offset", "text"), rows)
 

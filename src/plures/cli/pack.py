@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import JsonOption, say_json
+from plures.cli.output import JsonOption, is_recipe, read_recipe, say_json, say_plan, split_said
 
 
 def command(
-    what: Annotated[list[str], typer.Argument(help="A fleet; or a recipe; and overrides key=value.")],
+    what: Annotated[
+        list[str] | None, typer.Argument(help="A fleet, or a recipe, and key=value; none: the only fleet here.")
+    ] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="The fleet that they go to; none: beside it, .packed.")] = "",
     method: Annotated[str, typer.Option("--method", "-m", help="The packer; see `plures methods`.")] = "",
     error: Annotated[float, typer.Option(help="Relative error of each variant; 0: the packer's default.", min=0)] = 0,
@@ -22,29 +24,20 @@ def command(
 ) -> None:
     """Pack a fleet's variants into another fleet, or add those that are new. See `plures recipe pack` for all keys."""
     from dataclasses import asdict
-    from pathlib import Path
 
     from plures.core.errors import WrongUse
-    from plures.core.recipe import load
     from plures.flows import pack as flow
     from plures.flows.recipes import PackRecipe
 
-    said = [w for w in what if "=" in w and not Path(w).exists()]
-    files = [w for w in what if w not in said]
+    files, said = split_said(what or [])
+    recipes = [f for f in files if is_recipe(f)]
     if len(files) > 1:
         raise WrongUse(f"one fleet or recipe at a time, got {', '.join(map(repr, files))}")
-    recipe = next((f for f in files if f.endswith((".yaml", ".yml"))), "")
-    said += [f"fleet={f}" for f in files if f != recipe]
-    said += [f"out={out}"] if out else []
-    said += [f"pack.method={method}"] if method else []
-    said += [f"pack.error={error}"] if error else []
-    said += [f"held_out={held_out}"] if held_out else []
-    said += ["refit=true"] if refit else []
-    said += ["compare=true"] if compare else []
-    wanted = load(PackRecipe, Path(recipe) if recipe else {}, said, where=recipe or "pack")
+    given = {"fleet": "".join(f for f in files if f not in recipes), "out": out, "pack.method": method,
+             "pack.error": error or None, "held_out": held_out, "refit": refit, "compare": compare}  # fmt: skip
+    wanted = read_recipe(PackRecipe, "pack", [*recipes, *said], given)
     if plan:
-        lines = flow.plan(wanted)
-        say_json(lines) if json else typer.echo("\n".join(lines))
+        say_plan(flow.plan(wanted), json)
         return
     done = flow.pack(wanted, say=lambda text: typer.echo(text, err=True))
     say_json(asdict(done)) if json else typer.echo("\n".join(done.told()))

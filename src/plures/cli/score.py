@@ -18,7 +18,7 @@ def command(
     route: Annotated[
         str, typer.Option(help="What weighs them with --with: mean, drm or posterior, with options: 'drm gamma=3'.")
     ] = "mean",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of one window.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of one window.", min=2)] = 512,
     at_most: Annotated[float | None, typer.Option(help="Fail (exit 5) above this many bits per byte.")] = None,
     fleet: FleetOption = "",
     json: JsonOption = False,

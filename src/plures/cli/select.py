@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import JsonOption, say_json
+from plures.cli.output import JsonOption, read_recipe, refuse_unused, say_json, say_plan, say_text
 
 
 def command(
@@ -32,30 +32,24 @@ def command(
     from pathlib import Path
 
     from plures.core.errors import WrongUse
-    from plures.core.recipe import load
     from plures.flows import select as flow
     from plures.flows.recipes import SelectRecipe
 
     if pool[0] == "diff" and len(pool) == 3 and not Path("diff").exists():
+        refuse_unused("a comparison of two choices", budget=budget, method=method, out=out, at_least=at_least,
+                      at_most=at_most, objective=objective, label_vectors=label_vectors, target=target, update=update,
+                      report=report, plan=plan)  # fmt: skip
         _diff(pool[1], pool[2], json)
         return
     if objective and method:
         raise WrongUse("--objective is a method of its own: leave --method out")
-    said = [p for p in pool if "=" in p and not Path(p).exists()]
-    files = [p for p in pool if p not in said]
-    recipe = next((p for p in files if p.endswith((".yaml", ".yml"))), "")
-    given: dict[str, object] = {"pool": files} if files and not recipe else {}
-    plain = {"budget": budget, "out": out, "at_least": at_least, "at_most": at_most, "target": target, "report": report,
-             "update": update, "label_vectors": label_vectors}  # fmt: skip
-    given |= {k: v for k, v in plain.items() if v}
-    given |= {"select": {"method": method}} if method else {}
-    given |= {"select": {"method": "objective", "sum": objective}} if objective else {}
-    overrides = [f"{k}={_yaml(v)}" for k, v in given.items()] if recipe else []
-    source: Path | dict[str, object] = Path(recipe) if recipe else given
-    wanted = load(SelectRecipe, source, [*overrides, *said], where=recipe or "select")
+    given = {"budget": budget, "out": out, "at_least": at_least, "at_most": at_most, "target": target,
+             "report": report, "update": update, "label_vectors": label_vectors,
+             "select": {"method": "objective", "sum": objective} if objective else method and {"method": method},
+             }  # fmt: skip
+    wanted = read_recipe(SelectRecipe, "select", pool, given, others="pool")
     if plan:
-        planned = flow.plan(wanted)
-        say_json(asdict(planned)) if json else typer.echo("\n".join(planned.lines()))
+        say_plan(flow.plan(wanted), json)
         return
     done = flow.select(wanted, say=lambda text: typer.echo(text, err=True))
     if json:
@@ -66,10 +60,10 @@ def command(
         typer.echo(f"{done.tokens:,} tokens")
     if done.certificate:
         typer.echo(f"at least {100 * done.certificate:.1f} % of the best possible value")
-    if done.coverage == done.coverage:
+    if done.coverage is not None:
         typer.echo(f"coverage {done.coverage:.4f}; of as many random rows {done.coverage_random:.4f}")
     for group, counts in done.groups.items():
-        typer.echo(f"{group}: {', '.join(f'{n} {c}' for n, c in counts.items())}")
+        say_text(f"{group}: {', '.join(f'{n} {c}' for n, c in counts.items())}")
 
 
 def _diff(a: str, b: str, json: bool) -> None:
@@ -86,10 +80,5 @@ def _diff(a: str, b: str, json: bool) -> None:
         if x is not None and y is not None:
             typer.echo(f"{name}: {x:.4f} and {y:.4f}")
     for group, values in told.groups.items():
-        typer.echo(f"{group}: {', '.join(f'{v} {x} and {y}' for v, (x, y) in values.items())}")
+        say_text(f"{group}: {', '.join(f'{v} {x} and {y}' for v, (x, y) in values.items())}")
 
-
-def _yaml(value: object) -> str:
-    import json
-
-    return json.dumps(value)

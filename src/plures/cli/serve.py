@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from plures.cli.output import FleetOption, fleet_path
+from plures.cli.output import FleetOption, JsonOption, fleet_path
 
 
 def command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the API; 0 takes a free one.")] = 8000,
-    admin_port: Annotated[int, typer.Option(help="Port of the administration; 0: none.")] = 0,
+    port: Annotated[int, typer.Option(help="Port of the API; 0 takes a free one.", min=0, max=65535)] = 8000,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port of the administration; 0 takes a free one; none: none.", min=0, max=65535)
+    ] = None,
     open: Annotated[bool, typer.Option("--open", help="No keys: for your own machine.")] = False,
-    rows: Annotated[int, typer.Option(help="Requests answered at once.")] = 32,
-    slots: Annotated[int, typer.Option(help="Variants resident at once.")] = 64,
-    kv_tokens: Annotated[int, typer.Option(help="Tokens kept for all rows; 0: by the machine's memory.")] = 0,
+    rows: Annotated[int, typer.Option(help="Requests answered at once.", min=1)] = 32,
+    slots: Annotated[int, typer.Option(help="Variants resident at once.", min=1)] = 64,
+    kv_tokens: Annotated[int, typer.Option(help="Tokens kept for all rows; 0: by the machine's memory.", min=0)] = 0,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Run the base in bfloat16.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU that is there.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Threads to compute with; 0: as torch chooses.")] = 0,
-    grace: Annotated[float, typer.Option(help="Seconds that running requests are given at a stop.")] = 30.0,
-    on: Annotated[str, typer.Option(help="'ray': from several processes, by Ray Serve.")] = "",
-    replicas: Annotated[int, typer.Option(help="Processes with an engine each, on ray.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads to compute with; 0: as torch chooses.", min=0)] = 0,
+    grace: Annotated[float, typer.Option(help="Seconds that running requests are given at a stop.", min=0)] = 30.0,
+    on: Annotated[
+        Literal["ray"] | None, typer.Option(help="From several processes, by Ray Serve; left out: from this one.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="Processes with an engine each, on ray.", min=1)] = 1,
     route: Annotated[
         list[str] | None,
         typer.Option(help="A name for several, of which the prompt chooses: help=support,legal:.3; may be repeated."),
     ] = None,
     fleet: FleetOption = "",
+    json: JsonOption = False,
 ) -> None:
     """Serve every variant of a fleet with OpenAI's API, from one process or (--on ray) from several."""
     import signal
     import threading
+    from json import dumps
 
     import torch
 
@@ -41,8 +47,6 @@ def command(
     from plures.server.routing import read_routes
     from plures.server.run import Service
 
-    if on not in ("", "ray"):
-        raise WrongUse(f"--on {on!r} is not known; 'ray' is, or leave it out for one process")
     if replicas != 1 and not on:
         raise WrongUse("--replicas needs --on ray; without it there is one process")
     if threads:
@@ -55,20 +59,23 @@ def command(
     service: Service | OnRay
     if on:
         service = OnRay(fleet_path(fleet), settings, replicas=replicas, threads=threads, grace_s=grace, host=host,
-                        port=port, admin_port=admin_port or None, open=open, routes=routes)  # fmt: skip
+                        port=port, admin_port=admin_port, open=open, routes=routes)  # fmt: skip
     else:
-        service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port or None, open=open,
+        service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port, open=open,
                           routes=routes)  # fmt: skip
     service.start()
-    typer.echo(f"serving {fleet_path(fleet)} at {service.url}/v1" + (f", administration at {service.admin_url}/admin"
-               if admin_port else ""))  # fmt: skip
+    api, admin = f"{service.url}/v1", None if admin_port is None else f"{service.admin_url}/admin"
+    if json:
+        typer.echo(dumps({"fleet": str(fleet_path(fleet)), "url": api, "admin_url": admin, "open": open}))
+    else:
+        typer.echo(f"serving {fleet_path(fleet)} at {api}" + (f", administration at {admin}" if admin else ""))
     if not open:
-        typer.echo("callers need a key: plures key TENANT; --open serves your own machine without")
+        typer.echo("callers need a key: plures key TENANT; --open serves your own machine without", err=json)
     while not asked.wait(1.0):
         if service.failure:
             break
     failed = service.failure
-    typer.echo("stopping: running requests are finished first")
+    typer.echo("stopping: running requests are finished first", err=json)
     service.stop(grace)
     if failed:
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
+from plures.cli.output import FleetOption, JsonOption, fleet_path, plain, say_json, told
 
 
 def command(
@@ -20,7 +20,7 @@ def command(
     with Store.open(fleet_path(fleet)) as store:
         version, scores, lineage = store.resolve(ref), store.scores(ref), store.lineage(ref)
     if json:
-        say_json(vars(version) | {"ref": version.ref, "scores": [vars(s) for s in scores], "lineage": lineage})
+        say_json(told(version) | {"scores": [vars(s) for s in scores], "lineage": lineage})
         return
     typer.echo(f"{version.ref}  {version.identity}")
     typer.echo(f"method   {version.method} {dict(version.options)}")
@@ -30,6 +30,6 @@ def command(
     )
     typer.echo(f"created  {version.created}")
     for score in scores:
-        typer.echo(f"score    {score.metric} {score.value:.6g} on {score.dataset}")
+        typer.echo(f"score    {plain(score.metric)} {score.value:.6g} on {plain(score.dataset)}")
     for key, value in lineage.items():
-        typer.echo(f"{key:8s} {value}")
+        typer.echo(f"{key:8s} {plain(value)}")

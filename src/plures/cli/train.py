@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plures.cli.output import JsonOption, read_recipe, say_json
+from plures.cli.output import JsonOption, read_recipe, say_json, told
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
     if plan:
         planned = flow.plan(loaded)
         if json:
-            say_json({"recipe": to_dict(loaded), "trained": planned.trained, "bytes": planned.n_bytes,
+            say_json({"recipe": to_dict(loaded), "trained": planned.trained, "n_bytes": planned.n_bytes,
                       "sites": [[s.name, s.out, s.into] for s in planned.sites]})  # fmt: skip
         else:
             each = [f"this for each of {many} variants, {loaded.name}-0 to {loaded.name}-{many - 1}"] if many else []
@@ -43,12 +43,12 @@ def command(
         every = train_tasks(loaded, **how)
     else:
         every = train_shards(loaded, **how) if many else [flow.train(loaded, **how)]
-    told = []
+    all_told = []
     for done in every:
         score = done.outcome.score
-        told.append({"version": done.version.ref, "identity": done.version.identity, "run": str(done.run),
-                     "steps": done.outcome.steps, **(score.told() if score else {"bits_per_byte": None})})  # fmt: skip
+        all_told.append({**told(done.version), "run": str(done.run), "steps": done.outcome.steps,
+                         **(score.told() if score else {"bits_per_byte": None})})  # fmt: skip
     if json:
-        say_json(told if many or loaded.tasks.key else told[0])
+        say_json(all_told)
     else:
         typer.echo("\n".join(done.version.ref for done in every))

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import JsonOption, read_recipe, say_json
+from plures.cli.output import JsonOption, read_recipe, say_json, say_plan
 
 
 def command(
     recipe: Annotated[
         list[str], typer.Argument(help="recipe.yaml and overrides key=value, in any order; or only overrides.")
     ],
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would read and train, and stop.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Learn weights of the sources of rows from held-out rows. See `plures recipe weigh` for all keys."""
@@ -23,9 +24,12 @@ def command(
     from plures.flows.recipes import WeighRecipe
 
     loaded = read_recipe(WeighRecipe, "weigh", recipe)
-    from plures.flows.weigh import weigh
+    from plures.flows import weigh as flow
 
-    done = weigh(loaded, sinks=(Console(),))
+    if plan:
+        say_plan(flow.plan(loaded), json)
+        return
+    done = flow.weigh(loaded, sinks=(Console(),))
     if json:
         say_json(asdict(done))
         return

@@ -65,7 +65,11 @@ class StoreBusy(BadInput):
 
 
 class DiskTrouble(BadInput):
-    """The disk is full, or may not be read or written here."""
+    """The disk is full (`full`), or may not be read or written here."""
+
+    def __init__(self, message: str, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
 
 
 class BarNotMet(PluresError):
@@ -92,7 +96,7 @@ def disk(path: Path | str, doing: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskTrouble(f"cannot {doing} {str(path)!r}: the disk is full; nothing was changed") from error
+            raise DiskTrouble(f"cannot {doing} {str(path)!r}: the disk is full; nothing was changed", True) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DiskTrouble(f"cannot {doing} {str(path)!r}: no permission") from error
         if error.errno == errno.ENOENT:

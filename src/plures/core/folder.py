@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, overload
 
 from plures.core.errors import RecipeErrors, WrongUse, nearest
 
@@ -151,8 +151,20 @@ class Folder(Mapping[str, type]):
             loaded = plugins[name].load()
             if not (isinstance(loaded, type) and hasattr(loaded, "card")):
                 raise WrongUse(f"plug-in {plugins[name].value!r} of {self.package} is not a class marked with @method")
+            card = replace(loaded.card, name=name, kind=self.package)  # tensors are drawn by this name, too
+            loaded.card = card
             return loaded
         raise WrongUse(f"no {self.verb} method named {name!r}.{nearest(name, self)} There are: {', '.join(self)}")
+
+    @overload
+    def get(self, name: str, /) -> type | None: ...
+    @overload
+    def get(self, name: str, /, default: Any) -> Any: ...
+    def get(self, name: str, /, default: Any = None) -> Any:
+        """The method, or `default` where there is none of that name."""
+        if name in self:
+            return self[name]
+        return default
 
     def make(self, name: str, **options: Any) -> Any:
         """The method `name` with `options`; every wrong option is named at once."""
@@ -178,7 +190,7 @@ class Folder(Mapping[str, type]):
         """All methods' cards; the files are parsed, not imported."""
         own = [_card_from_source(self._path() / f"{name}.py", name, self.package) for name in self._modules()]
         others = sorted(set(self._plugins()) - set(self._modules()))
-        return own + [replace(self[n].card, name=n, kind=self.package) for n in others]  # type: ignore[attr-defined]
+        return own + [self[n].card for n in others]  # type: ignore[attr-defined]
 
 
 def _scalar(value: Any, kind: Any) -> Any:

@@ -63,7 +63,7 @@ def load(
     if isinstance(source, Mapping):
         data = copy.deepcopy(dict(source))
     elif isinstance(source, Path) or (isinstance(source, str) and "\n" not in source and "\0" not in source):
-        data = _read(Path(source), where)
+        data = read_yaml(Path(source), where)
         where = f"{where} {str(source)!r}"
     else:
         raise WrongUse(f"{where}: {_short.repr(source)} is neither a path nor a mapping; write YAML to a file first")
@@ -137,7 +137,7 @@ def _loader() -> Any:
     return Loader
 
 
-def _read(path: Path, where: str) -> dict[str, Any]:
+def read_yaml(path: Path, where: str) -> dict[str, Any]:
     """The mapping in a YAML file; {} where the file says nothing, so that what is required gets named."""
     with disk(path, "read"):
         raw = path.read_bytes()

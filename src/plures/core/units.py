@@ -23,6 +23,16 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def lora_scale(alpha: float, r: int, rslora: bool) -> float:
+    """What LoRA's `B A` is multiplied by: alpha / r, or alpha / sqrt(r) where it is rank-stabilised."""
+    return alpha / (r**0.5 if rslora else r)
+
+
+def lora_alpha(scale: float, r: int, rslora: bool) -> float:
+    """The alpha that has this scale at this rank."""
+    return scale * (r**0.5 if rslora else r)
+
+
 def bits_per_byte(nats: float, n_bytes: int) -> float:
     """Summed negative log-likelihood in nats over `n_bytes` bytes of text, as bits per byte."""
     return nats / (math.log(2) * n_bytes) if n_bytes else math.nan

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from plures.core.recipe import load
 from plures.demo.runs import BASE, fast_bfloat16, write_tenant
+from plures.flows.recipes import BenchRecipe
 
-NOTES = {
-    "lora": "lora-r1 and spm are one and the same map but for alpha (16 and 1), and so for the rates that were tried: "
-    "the 0.05 between them is what a rate found on another tenant can cost. Smaller differences say little.",
-    "mos": "The paper reports LoRA's quality at about an eighth of the numbers, for models of 3 to 13 billion "
-    "parameters. On this base of 12 layers of width 128 MoS is worth a LoRA of about as many numbers, ahead at "
-    "the smallest size. More steps, ranks 8 to 16 and two deeper bases were tried (docs/measured.md): worth 0.9 "
-    "to 1.4 times its numbers.",
-    "pissa": "Its paper has it ahead of LoRA at rank 128; at these ranks it falls behind as the rank grows. Four "
-    "rates a factor of two apart were tried, and the best on the search tenant is low for the others.",
-    "snnk": "Its features read what a site puts out; the paper adapts the output projections alone. Other kernels were "
-    "not tried here.",
-    "VBLORA": "One learning rate for all its tensors, where its paper has three.",
-    "full": "Fifty steps at one rate are few for 2.6 million numbers: after 100 steps it is ahead (docs/measured.md).",
-    "taps": "With one task to learn it keeps every layer of its own: full fine-tuning with a penalty.",
-    "mhr": "Trained for one tenant alone, which is not what it is for: tasks are meant to share its inventory.",
-    "fleet_mos": "Trained for one tenant alone; on a pool that other tenants trained: docs/measured.md.",
-    "sara": "Its best rate lies at the edge of the five that were tried.",
-    "claw": "It can only scale what the base's neurons put out.",
-}
 MOS = {"r": 12, "l": 4, "p": 1}  # at e = 2, where each of its four strategies is left out in turn
 CONTENDERS: list[dict[str, Any]] = [
     # three budgets: about the numbers of a LoRA of rank 1, 2 and 8 over all linear maps
@@ -71,14 +56,25 @@ CONTENDERS: list[dict[str, Any]] = [
      "options": {"r": 12, "e": 2, "l": 1, "p": 0, "subset": False}, "lr": 1.4e-2},
 ]  # fmt: skip
 TENANTS = ("asyncio", "topics", "bytecode")  # rates are searched on the first
+PARTS = ("train", "valid", "test")
 
 
-def recipe(out: Path, tenants: tuple[str, ...] = TENANTS) -> dict[str, Any]:
-    """The recipe as a mapping; the tenants' rows are written under `out`."""
-    for name in tenants:
-        write_tenant(name, out / "data" / name)
-    rows = [{"name": n} | {part: str(out / "data" / n / f"{part}.jsonl") for part in ("train", "valid", "test")}
-            for n in tenants]  # fmt: skip
-    parts = [part | {"note": NOTES.get(part.get("name", part["method"]), "")} for part in CONTENDERS]
-    return {"base": str(BASE), "out": str(out), "tenants": rows, "contenders": parts, "steps": 50,
-            "autocast": fast_bfloat16()}  # fmt: skip
+def recipe(overrides: Sequence[str] = ()) -> BenchRecipe:
+    """The recipe, whose tenants' rows lie under its `out`; `write` puts those of the demo there."""
+    said = {"base": str(BASE), "contenders": CONTENDERS, "steps": 50, "autocast": fast_bfloat16(),
+            "tenants": [{"name": n, **dict.fromkeys(PARTS, "")} for n in TENANTS]}  # fmt: skip
+    loaded = load(BenchRecipe, said, overrides, where="bench")
+    tenants = [replace(t, **{p: getattr(t, p) or str(_rows(loaded, t.name) / f"{p}.jsonl") for p in PARTS})
+               for t in loaded.tenants]  # fmt: skip
+    return replace(loaded, tenants=tenants)
+
+
+def write(loaded: BenchRecipe) -> None:
+    """Write the rows of the demo's tenants that the recipe reads."""
+    for tenant in loaded.tenants:
+        if Path(tenant.train).parent == _rows(loaded, tenant.name):
+            write_tenant(tenant.name, _rows(loaded, tenant.name))
+
+
+def _rows(loaded: BenchRecipe, tenant: str) -> Path:
+    return Path(loaded.out) / "data" / tenant

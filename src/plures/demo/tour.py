@@ -83,12 +83,14 @@ class Tour:
         with self.step("select", f"choosing a tenth of {len(rows):,} rows, of which half are another's …") as said:
             vectors = {of: f"{path}.emb" for of, path in files.items()}
             for of, path in files.items():
-                said.append(line("embed", recipe := {"pool": str(path), "out": vectors[of]}))
-                embed(load(EmbedRecipe, recipe))
+                embedding = {"pool": str(path), "out": vectors[of]}
+                said.append(line("embed", embedding))
+                embed(load(EmbedRecipe, embedding))
             common = {"pool": str(files["pool"]), "budget": "10%", "features": vectors["pool"]}
             chosen = {"target": vectors["target"], "report": str(self.folder / "choice.html")}
             for name, method, more in (("chosen", "tsds", chosen), ("random", "random", {})):
-                recipe = {**common, "select": {"method": method}, "out": str(data / f"{name}.jsonl"), **more}
+                recipe: dict[str, Any] = {
+                    **common, "select": {"method": method}, "out": str(data / f"{name}.jsonl"), **more}
                 said.append(line("select", recipe))
                 select(load(SelectRecipe, recipe))
         self.told["target_rows"] = len(target)
@@ -185,8 +187,11 @@ def run(
 ) -> dict[str, Any]:
     """Run the whole demo into folder `out` (made anew) and return what was measured.
 
-    Raises: WrongUse where `out` holds something that is not an earlier demo.
+    Raises: WrongUse for numbers that cannot be, and where `out` holds something that is not an earlier demo.
     """
+    for what, value, least in (("seeds", seeds, 1), ("steps", steps, 1), ("workers", workers, 0)):
+        if value < least:
+            raise WrongUse(f"{what} '{value}' must be at least {least}")
     start = time.monotonic()
     say: Callable[[str], None] = (lambda _: None) if quiet else (lambda text: print(text, flush=True))
     names, folder = runs.chosen(tenants), _fresh(Path(out))
@@ -246,7 +251,7 @@ def _farewell(fleet: Path, names: list[str], lora: Path, page: Path, told: Mappi
     return f"""
 {usage["n_versions"]} variants are in {fleet} ({usage["bytes"]:,} bytes, fsck clean: {not told["fsck"]});
 {n}'s is also exported as plain LoRA in {lora}. The page with tables, pictures and commands: {page}
-That took {told["seconds"]:.0f} s. Look around (plures is in .venv/bin):
+That took {told["seconds"]:.0f} s. Look around:
   plures list --fleet {fleet}
   plures generate {n}-mos-e1@prod base -p 'def main(' --fleet {fleet}
   plures serve --open --fleet {fleet}      # all of them over HTTP, with OpenAI's API

@@ -129,10 +129,6 @@ class Serving(Protocol):
         """End a request early; its last piece says "cancelled". Unknown and ended tickets are ignored."""
         ...
 
-    def pin(self, identities: frozenset[str]) -> None:
-        """These variants stay resident from now on, and no others."""
-        ...
-
     def state(self) -> dict[str, Any]:
         """What goes on, as JSON: see `docs/serve.md`, "State"."""
         ...

@@ -74,11 +74,6 @@ class Whole:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return self.run(x, y, self.own, self.pool)
 
-    def to(self, device: torch.device) -> Whole:
-        """The same on a device."""
-        own, pool = ({k: t.to(device) for k, t in room.items()} for room in (self.own, self.pool))
-        return replace(self, own=own, pool=pool)
-
 
 @dataclass(frozen=True)
 class Packed:
@@ -98,6 +93,18 @@ class Packed:
     def n_bytes(self) -> int:
         """Bytes that it takes in an arena that shares nothing with others."""
         return sum(r.nbytes for r in self.runs.values()) + self.index.nbytes + self.whole_bytes
+
+    def whole_on(self, device: torch.device) -> Packed:
+        """The same with what is kept whole on a device, where a tensor that several sites have is there once."""
+        moved: dict[int, Tensor] = {}
+
+        def sent(room: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            for t in room.values():
+                if id(t) not in moved:
+                    moved[id(t)] = t.to(device)
+            return {k: moved[id(t)] for k, t in room.items()}
+
+        return replace(self, whole=tuple(replace(s, own=sent(s.own), pool=sent(s.pool)) for s in self.whole))
 
 
 def _run(t: Tensor) -> Floats:
@@ -132,13 +139,12 @@ def pack(variant: Variant, places: Mapping[str, Place], identity: str = "") -> P
         if hasattr(method, "shards") and max(map(len, (pool["A"], pool["B"]))) <= _MOST_ROWS:
             table, scale = method.shards(own, pool)
             _, r, l = table.shape
-            a, b = (f"{variant.group_of[site.name]}/{leaf}" for leaf in "AB")
+            a, b = (f"pool/{variant.group_of[site.name]}/{leaf}" for leaf in "AB")
             for key, t in ((a, pool["A"]), (b, pool["B"])):
                 if key not in runs:
                     runs[key] = _run(t)
             index.append(table.to(torch.int16).numpy().reshape(-1))
-            s = f"scale/{site.name}" if "scale" in own or "gate" in own else f"scale/{r}"
-            runs.setdefault(s, _run(scale))
+            runs[s := f"scale/{site.name}"] = _run(scale)  # equal ones are one run in the end
             sites.append(Site(place, a, b, s, n_index, n_index + r * l, r, l, site.into // l, site.out // l))
             n_index += table.numel()
             low, part = method.rest(own, pool) if hasattr(method, "rest") else None, 1
@@ -227,11 +233,12 @@ class Bank:
 
     `shape` has, for every projection group, the number of its sites; `sites[layer][group]` is what `add_adapters`
     reads, `[slots, PARTS * sites, FIELDS]`: the first part of all sites, then the second. `budget_bytes` bounds the
-    floats; memory is touched only as it is used.
+    floats; memory is touched only as it is used. `arena` is where floats are kept, by default an array of the host's;
+    another must have its `size`, `itemsize` and `nbytes` and take runs by slices.
     """
 
-    def __init__(self, layers: int, shape: Sequence[int], slots: int, budget_bytes: int) -> None:
-        self.arena: Floats = np.empty(max(1, budget_bytes // 4), np.float32)
+    def __init__(self, layers: int, shape: Sequence[int], slots: int, budget_bytes: int, arena: Any = None) -> None:
+        self.arena: Any = np.empty(max(1, budget_bytes // 4), np.float32) if arena is None else arena
         self.index: Shorts = np.zeros(1 << 16, np.int16)
         self.sites = [[np.zeros((slots, PARTS * n, FIELDS), np.int64) for n in shape] for _ in range(layers)]
         self.slots: dict[str, int] = {}
@@ -245,7 +252,7 @@ class Bank:
     @property
     def used_bytes(self) -> int:
         """Bytes of the arenas in use, and of what is kept whole."""
-        return 4 * self._floats.used + 2 * self._shorts.used + self._whole_bytes
+        return int(self.arena.itemsize) * self._floats.used + 2 * self._shorts.used + self._whole_bytes
 
     def whole(self, layer: int, group: int) -> Mapping[int, Sequence[Whole]]:
         """By slot, the sites of one group that their method computes."""
@@ -260,8 +267,7 @@ class Bank:
         """Make a variant resident; returns its slot, or None where there is no slot or no room for it now."""
         if packed.identity in self.slots:
             return self.slots[packed.identity]
-        full = packed.whole_bytes and self.used_bytes + packed.whole_bytes > 4 * self._floats.size
-        if not self._empty or full:
+        if not self._takes(packed):
             return None
         taken: list[str] = []
         for key, run in packed.runs.items():
@@ -291,6 +297,11 @@ class Bank:
         self._whole_bytes += packed.whole_bytes
         self.slots[packed.identity], self._held[packed.identity] = slot, (packed, first)
         return slot
+
+    def _takes(self, packed: Packed) -> bool:
+        """Whether there is a slot, and room for what is kept whole."""
+        whole = packed.whole_bytes
+        return bool(self._empty) and (not whole or self.used_bytes + whole <= self.arena.nbytes)
 
     def drop(self, identity: str) -> None:
         """Take a variant out; no row may be using it."""

@@ -42,7 +42,6 @@ class Cache:
         self._node_of: dict[Chain, tuple[int, int]] = {}  # (parent node, tokens) -> (node, block)
         self._chain_of: dict[int, Chain] = {}  # block -> its entry
         self._children: dict[int, int] = {}  # node -> entries below it
-        self._entry_of: dict[int, int] = {}  # node -> its block
         self._next_node = 1
 
     @property

@@ -138,7 +138,10 @@ class Grammars:
             self._of = llguidance.hf.from_tokenizer(self._tokenizer)
         # compact JSON: with free whitespace a weak model may write blanks until its tokens are spent
         compact: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
+        except ValueError as error:  # nested deeper than its reader goes
+            raise WrongUse(f"the JSON schema cannot be followed: {str(error)[:300]}") from error
         matcher = llguidance.LLMatcher(self._of, grammar)
         if problem := matcher.get_error():
             raise WrongUse(f"the JSON schema cannot be followed: {problem.splitlines()[0][:300]}")

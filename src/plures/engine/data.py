@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from plures.core.errors import BadInput, WrongUse
+from plures.engine.prompts import open_end, render, template_of
 from plures.engine.rows import FORMATS, Format, Rows, read_rows, split_rows
 from plures.tensors.rng import rng
 
 __all__ = [
-    "FORMATS", "Batches", "Encoded", "Example", "Format", "HeldOut", "Rows", "encode", "held_out", "pack", "read_rows",
+    "FORMATS", "Batches", "Encoded", "Example", "Format", "HeldOut", "Rows", "encode", "pack", "read_rows",
     "split_rows",
 ]  # fmt: skip
 
@@ -179,8 +180,8 @@ def answer_tokens(row: dict[str, Any], kind: Format, tokenizer: Any, mask_prompt
     else:
         # apart, as at inference: there the prompt is tokenised before anyone knows what follows
         prompt = _tokenise(row["prompt"], tokenizer, special=True)
-        if prompt.ids and prompt.ids[-1] == tokenizer.eos_token_id:  # put there by the tokenizer; the row goes on
-            prompt = _Tokens(prompt.ids[:-1], prompt.sizes[:-1], prompt.counted[:-1])
+        n = open_end(prompt.ids, tokenizer)
+        prompt = _Tokens(prompt.ids[:n], prompt.sizes[:n], prompt.counted[:n])
         completion = _closed(_tokenise(row["completion"], tokenizer, special=False), tokenizer)
         tokens = (prompt + completion).with_counted([False] * len(prompt.ids) + [True] * len(completion.ids))
     return tokens if mask_prompt else tokens.with_counted([True] * len(tokens.ids))
@@ -191,8 +192,7 @@ def _chat(messages: list[dict[str, Any]], start: int, tokenizer: Any, place: str
 
     Raises: WrongUse where there is no template, or turns cannot be told apart; BadInput where the template refuses.
     """
-    template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
+    template = template_of(tokenizer)
     if not template:
         raise WrongUse(
             "rows of messages need a tokenizer with a chat template, and this one has none; set "
@@ -227,15 +227,13 @@ def _turns(messages: list[dict[str, Any]], start: int, ids: list[int], tokenizer
 
 
 def _render(messages: list[dict[str, Any]], tokenizer: Any, place: str, **how: Any) -> Any:
-    """`apply_chat_template`, with its refusals as one line."""
-    from jinja2 import TemplateError
+    """`render`, whose refusals name the row and its roles."""
 
-    try:
-        return tokenizer.apply_chat_template(messages, **how)
-    except (TemplateError, TypeError, KeyError) as error:
-        said = " ".join(str(error).split())
-        raise BadInput(f"{place}: the chat template refuses these messages ({said}); roles: "
-                       f"{', '.join(m['role'] for m in messages)}") from error  # fmt: skip
+    def refused(why: str) -> BadInput:
+        return BadInput(f"{place}: the chat template refuses these messages ({why}); roles: "
+                        f"{', '.join(m['role'] for m in messages)}")  # fmt: skip
+
+    return render(messages, tokenizer, refused, **how)
 
 
 @dataclass
@@ -393,8 +391,3 @@ class HeldOut:
         for at in range(0, len(self.examples), self.batch_rows):
             chosen = self.examples[at : at + self.batch_rows]
             yield _stack(chosen, max(len(e.ids) for e in chosen), self.pad_id)
-
-
-def held_out(examples: Sequence[Example], batch_rows: int, tokens: int, pad_id: int) -> HeldOut:
-    """The examples as batches for scoring, with the totals; see `HeldOut`."""
-    return HeldOut(examples, batch_rows, tokens, pad_id)

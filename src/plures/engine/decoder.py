@@ -149,8 +149,7 @@ class Decoder:
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
         config = model.config
-        if reason := why_not_native(config):
-            raise ValueError(reason)
+        assert not (why := why_not_native(config)), f"`decoder_of` asks first: {why}"
         weights = {k: t.detach().to(dtype) for k, t in model.state_dict().items()}
         self.dtype, self.eps = dtype, float(config.rms_norm_eps)
         self.n_q, self.n_kv = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads

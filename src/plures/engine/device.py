@@ -14,7 +14,6 @@ it needs TRITON_INTERPRET=1 in the environment before triton is first imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -49,8 +48,10 @@ class DeviceCache(Cache):
 class Arena:
     """Floats on a device, `floats`, that `Bank` writes as it writes an array."""
 
-    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.floats = torch.empty(size, dtype=dtype, device=device)
+    def __init__(self, budget_bytes: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.size, self.itemsize = max(1, budget_bytes // dtype.itemsize), dtype.itemsize
+        self.nbytes = self.size * self.itemsize
+        self.floats = torch.empty(self.size, dtype=dtype, device=device)
 
     def __setitem__(self, where: slice, run: Floats) -> None:
         self.floats[where].copy_(_sent(run))
@@ -64,33 +65,24 @@ class DeviceBank(Bank):
     vectors of more than `most_l` shards, or more than `parts` parts.
     """
 
-    arena: Any
-
     def __init__(
         self, layers: int, shape: Sequence[int], slots: int, budget_bytes: int, device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        super().__init__(layers, shape, slots, 0)
-        size = max(1, budget_bytes // dtype.itemsize)
-        self.arena, self._floats.size, self._floats.free = Arena(size, device, dtype), size, [(0, size)]
+        super().__init__(layers, shape, slots, budget_bytes, Arena(budget_bytes, device, dtype))
         self.tables = torch.zeros(self.index.size, dtype=torch.int16, device=device)
         self.numbers = torch.zeros(layers, slots, PARTS * sum(shape), FIELDS, dtype=torch.int64, device=device)
         ends = (PARTS * np.cumsum([0, *shape])).tolist()
         self.groups = [[self.numbers[i, :, a:b] for a, b in pairwise(ends)] for i in range(layers)]
         self.most_r = self.most_l = self.parts = 1
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the arenas in use, and of what is kept whole."""
-        return self.arena.floats.itemsize * self._floats.used + 2 * self._shorts.used + self._whole_bytes
-
     def put(self, packed: Packed) -> int | None:
         """See `Bank.put`; what it wrote on the host is sent after."""
-        known, floats = packed.identity in self.slots, self.arena.floats
+        known = packed.identity in self.slots
         if not known and packed.whole:
-            if self.used_bytes + packed.whole_bytes > floats.nbytes:
+            if not self._takes(packed):
                 return None
-            packed = replace(packed, whole=tuple(site.to(floats.device) for site in packed.whole))
+            packed = packed.whole_on(self.arena.floats.device)
         slot = super().put(packed)
         if slot is None or known:
             return slot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from plures.engine.schedule import NEW_PRICE, PROMPT_PRICE, Share
+from plures.engine.share import NEW_PRICE, PROMPT_PRICE, Share
 
 ASKS_S = 30.0  # a tenant that asked so long ago asks no longer
 WINDOW = 8192.0  # weighted tokens served, to all, after which a tenant's service counts 1/e

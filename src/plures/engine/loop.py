@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import signal
 import threading
 import time
@@ -66,12 +67,12 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: steps done, the last and the best held-out score, and whether it stopped early."""
+    """How a run ended: steps done (fewer than were set where it stopped early), the last held-out score, and the step
+    of the best one (-1: none)."""
 
     steps: int
     score: Score | LossScore | None
     best_step: int
-    stopped_early: bool
 
 
 def learning_rate(s: Settings, step: int) -> float:
@@ -123,7 +124,10 @@ class Trainer:
         self.events.emit("checkpoint", step=self.step)
 
     def resume(self) -> bool:
-        """Take up the checkpoint, if there is one. Raises: BadInput where it is of another set of parameters."""
+        """Take up the checkpoint, if there is one.
+
+        Raises: BadInput where it is of another set of parameters, or does not say how far it got.
+        """
         if not self.checkpoint.exists():
             return False
         tensors, meta = safe.read(self.checkpoint), safe.metadata(self.checkpoint)
@@ -135,6 +139,7 @@ class Trainer:
             if tensors[f"p/{name}"].shape != p.shape:
                 raise BadInput(f"{str(self.checkpoint)!r} is of other options: {name!r} is "
                                f"{list(tensors[f'p/{name}'].shape)} in it, {list(p.shape)} now")  # fmt: skip
+        progress = self._told(meta.get("progress", ""))
         state: dict[str, dict[str, Tensor]] = {}
         for key, t in tensors.items():
             if key.startswith("o/"):
@@ -144,10 +149,20 @@ class Trainer:
             p.data.copy_(tensors[f"p/{name}"])
             if name in state:
                 self.optimizer.state[p] = {k: t.to("cpu" if k == "step" else p.device) for k, t in state[name].items()}
-        for key, value in json.loads(meta["progress"]).items():
+        for key, value in progress.items():
             setattr(self, key, value)
         self.events.emit("resume", step=self.step)
         return True
+
+    def _told(self, text: str) -> dict[str, float]:
+        """What a checkpoint says of how far it got. Raises: BadInput where one of the numbers is missing or is none."""
+        try:
+            told = json.loads(text)
+            found = {k: float(told[k]) if k == "best" else operator.index(told[k]) for k in _PROGRESS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{str(self.checkpoint)!r} is damaged: it does not say {', '.join(_PROGRESS)}; remove "
+                           "the run to begin anew") from error  # fmt: skip
+        return found
 
     def _one_step(self, batches: BatchSource) -> tuple[float, float, int, dict[str, float]]:
         """One optimizer step; returns the mean loss in nats, the gradient norm, the tokens, and what else to show."""
@@ -214,7 +229,7 @@ class Trainer:
             self._load_best()
         self.model.eval()
         final = score() if score and (last is None or s.patience) else last
-        return Outcome(self.step, final, self.best_step, early)
+        return Outcome(self.step, final, self.best_step)
 
     def _due(self) -> bool:
         """Whether this step is to be evaluated and has not been."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -19,9 +17,11 @@ from transformers.utils import logging as quiet
 
 from plures.core.errors import BadInput, Unreachable, WrongUse, disk, nearest
 from plures.engine.ask import Prompt
+from plures.engine.prompts import prompt_ids
 from plures.tensors.safe import header, refuse_pickle
 from plures.tensors.site import Site, natural
 from plures.tensors.variant import BaseRef
+from plures.tensors.weights import INDEX, files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLES, _SAMPLE_BYTES = 16, 1024
@@ -47,14 +47,24 @@ def locate(name: str, revision: str = "") -> Path:
         if not (path / "config.json").is_file():
             raise BadInput(f"{name!r} is no model folder: it has no config.json")
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
-        raise BadInput(f"base {name!r} is neither a folder here nor a hub id like 'org/model'")
+    strange = f"base {name!r} is neither a folder here nor a hub id like 'org/model'"
+    if path.is_absolute():
+        raise BadInput(f"{strange}. Where a fleet's base was moved: plures init FLEET --base ITS-NEW-FOLDER")
+    if name.startswith((".", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
+        raise BadInput(strange)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     wanted = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise BadInput(strange) from error
     except RepositoryNotFoundError as error:
         raise BadInput(f"base {name!r} is neither a folder here nor a model on the hub (or it is private)") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -65,26 +75,15 @@ def locate(name: str, revision: str = "") -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a base, by its index where it has one.
+    """The safetensors files of a base, as `tensors.weights.files` finds them.
 
-    Raises: BadInput where there are none, one is missing, or the weights are pickles.
+    Raises: BadInput where there are none, one is missing or in another folder, or the weights are pickles.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise BadInput(f"{str(index)!r} is damaged") from error
-    else:
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not names:
+    if not (folder / INDEX).is_file() and not any(folder.glob("*.safetensors")):
         for pickle in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
             refuse_pickle(pickle)
         raise BadInput(f"base {str(folder)!r} has no weights: no .safetensors file in it")
-    for name in names:
-        if not (folder / name).is_file():
-            raise BadInput(f"base {str(folder)!r} lacks {name!r}, which its index names")
-    return [folder / n for n in names]
+    return files(folder)
 
 
 def fingerprint(folder: Path) -> str:
@@ -228,12 +227,11 @@ def encode_prompt(base: Base, prompt: Prompt) -> list[int]:
 
     Raises: WrongUse for messages to a base without a template, or that the template refuses.
     """
-    tokenizer: Any = base.tokenizer
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
-    if not tokenizer.chat_template:
-        raise WrongUse(f"base {base.ref.name!r} has no chat template; give the prompt as plain text")
-    try:
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
-    except TemplateError as error:
-        raise WrongUse(f"the chat template of base {base.ref.name!r} refuses these messages: {error}") from error
+    return prompt_ids(prompt, base.tokenizer, base.ref.name)
+
+
+def ends_of(base: Base) -> frozenset[int]:
+    """Token ids that end an answer: those of the model's generation settings, else the tokenizer's."""
+    ends = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
+    ends = ends if ends is not None else getattr(base.tokenizer, "eos_token_id", None)
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

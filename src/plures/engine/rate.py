@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy
 
 from plures.bridges.on_model import put_on
 from plures.bridges.peft import PluresConfig, PluresLayer
 from plures.core.errors import BadInput
-from plures.engine.data import IGNORED, Example, Rows, encode, held_out
+from plures.engine.data import IGNORED, Example, HeldOut, Rows, encode
 from plures.engine.generate import Session
 from plures.engine.model import find_sites
 from plures.engine.pairs import encode_pairs
@@ -100,7 +100,7 @@ def measure(models: Sequence[nn.Module], examples: Sequence[Example], batch_rows
     order = np.argsort([len(e.ids) for e in examples], kind="stable")
     nats, far, done = np.zeros((len(models), len(examples))), np.zeros(len(examples)), 0
     longest = max(len(e.ids) for e in examples)
-    for batch in held_out([examples[i] for i in order], batch_rows, longest, pad_id):
+    for batch in HeldOut([examples[i] for i in order], batch_rows, longest, pad_id):
         on = {k: t.to(device) for k, t in batch.items()}
         here = order[done : done + len(on["labels"])]
         done += len(here)
@@ -118,7 +118,7 @@ def measure(models: Sequence[nn.Module], examples: Sequence[Example], batch_rows
 def pair_loss(dpo: Dpo, nats: Tensor, reference: Tensor) -> Tensor:
     """The dpo loss of each pair, `[...]`, from its answers' nats under a variant and under the base, `[..., 2]`."""
     flat = dpo.margins(-nats.reshape(-1, 2), -reference.reshape(-1, 2))
-    return -logsigmoid(flat).reshape(nats.shape[:-1])
+    return dpo.nats(flat).reshape(nats.shape[:-1])
 
 
 def fresh_lora(session: Session, seed: int) -> str:
@@ -187,7 +187,7 @@ class Gradients:
         device, n = self.parameters[0].device, sum(e.n_counted for e in examples)
         total = torch.zeros(self.numbers, device=device)
         rows = self.batch_rows if self.dpo is None else len(examples)
-        for batch in held_out(examples, rows, max(len(e.ids) for e in examples), self.pad_id):
+        for batch in HeldOut(examples, rows, max(len(e.ids) for e in examples), self.pad_id):
             on = {k: t.to(device) for k, t in batch.items()}
             nats = nats_of(logits_of(self.model, on), on["labels"])
             if self.dpo is None:

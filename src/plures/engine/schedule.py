@@ -9,37 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from plures.core.errors import WrongUse
-from plures.engine.ask import Overloaded
+from plures.engine.share import NEW_PRICE, PROMPT_PRICE, Had, Share
 
-PROMPT_PRICE, NEW_PRICE = 1.0, 2.0  # w_p and w_q of the paper: a new token costs about twice a prompt's
-BURST_S = 10.0
 LOOK, LOOK_TENANT = 256, 32  # waiting requests looked at for a resident variant: in one pick, of one tenant
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a tenant may use; 0 is no limit.
-
-    Options:
-        weight: share of the service relative to the other tenants that have work waiting.
-        concurrency: requests that run at once.
-        rate: requests per second, a token bucket that holds max(1, rate * 10 s): so many may come at once.
-        tokens_per_minute: prompt and new tokens (unweighted), a bucket that holds one minute's worth. Prompts not yet
-            computed count as used; new tokens are taken when they are computed, so that the bucket goes below zero by
-            what the requests already accepted still use, and the tenant waits until it is refilled.
-    """
-
-    weight: float = 1.0
-    concurrency: int = 0
-    rate: float = 0.0
-    tokens_per_minute: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise WrongUse(f"weight must be above 0 and finite, got {self.weight}")
-        for name in ("concurrency", "rate", "tokens_per_minute"):
-            if not getattr(self, name) >= 0:
-                raise WrongUse(f"{name} must be 0 (no limit) or more, got {getattr(self, name)}")
 
 
 @dataclass
@@ -68,20 +40,6 @@ class _Entry:
 
 
 @dataclass(eq=False, slots=True)
-class _Bucket:
-    """A token bucket that is full at first."""
-
-    level: float = 0.0
-    at_s: float = float("-inf")
-
-    def refill(self, per_s: float, most: float, now_s: float) -> float:
-        """The level now."""
-        self.level = min(most, self.level + per_s * max(0.0, now_s - self.at_s))
-        self.at_s = max(self.at_s, now_s)
-        return self.level
-
-
-@dataclass(eq=False, slots=True)
 class _Line:
     """A tenant: its counter, its limits, what waits in order, what runs."""
 
@@ -93,8 +51,7 @@ class _Line:
     paid: dict[int, int] = field(default_factory=dict)  # prompt tokens charged but not computed, by running ticket
     waiting_price: float = 0.0
     waiting_prompt: int = 0
-    starts: _Bucket = field(default_factory=_Bucket)
-    tokens: _Bucket = field(default_factory=_Bucket)
+    had: Had = field(default_factory=Had)
 
     def head(self) -> _Entry:
         """The request that came first."""
@@ -106,18 +63,7 @@ class _Line:
 
     def take(self, now_s: float) -> None:
         """Count one request against the limits of rate and tokens. Raises: Overloaded, with nothing counted."""
-        rate, per_minute, who = self.share.rate, self.share.tokens_per_minute, f"tenant {self.tenant!r}"
-        if rate and (level := self.starts.refill(rate, max(1.0, rate * BURST_S), now_s)) < 1.0 - 1e-9:
-            wait = (1.0 - level) / rate
-            raise Overloaded(f"{who} is over its {rate:g} requests per second; come back in {wait:.1f} s", wait)
-        if per_minute:
-            level = self.tokens.refill(per_minute / 60.0, per_minute, now_s)
-            level -= self.waiting_prompt + sum(self.paid.values())
-            if level <= 0.0:
-                wait = (1.0 - level) * 60.0 / per_minute
-                raise Overloaded(f"{who} is over its {per_minute:g} tokens a minute; come back in {wait:.1f} s", wait)
-        if rate:
-            self.starts.level -= 1.0
+        self.had.take(self.share, self.tenant, self.waiting_prompt + sum(self.paid.values()), now_s)
 
 
 class Queue:
@@ -255,7 +201,7 @@ class Queue:
     def served(self, tenant: str, prompt_tokens: int, new_tokens: int) -> None:
         """Charge a tenant for tokens computed for it; prompts paid when they were picked come off first."""
         line = self._line(tenant)
-        line.tokens.level -= prompt_tokens + new_tokens
+        line.had.tokens.level -= prompt_tokens + new_tokens
         owed = prompt_tokens
         while owed and line.paid:
             ticket = next(iter(line.paid))

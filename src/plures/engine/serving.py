@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,27 @@ import torch
 
 from plures.core.errors import WrongUse
 from plures.engine.admit import Admission
-from plures.engine.ask import BASE, Ask, Chosen, Overloaded, Piece, Prompt, Unavailable
+from plures.engine.ask import BASE, Ask, Chosen, Finish, Overloaded, Piece, Prompt
 from plures.engine.batch import Deliver, Row, flatten, weigh
 from plures.engine.cache import BLOCK
 from plures.engine.choose import Chooser, Grammars, Words, chosen, greedy
 from plures.engine.decoder import Flat
-from plures.engine.decoders import decoder_of
+from plures.engine.decoders import Decodes, decoder_of
 from plures.engine.lately import Lately
 from plures.engine.limits import Settings
-from plures.engine.model import Base, encode_prompt
-from plures.engine.schedule import Queue, Share, Waiting
+from plures.engine.model import Base, encode_prompt, ends_of
+from plures.engine.schedule import Queue, Waiting
+from plures.engine.share import Share
+from plures.engine.standing import Standing
 from plures.engine.tiers import Tiers
 from plures.tensors.variant import Variant
 
-_PIECE = 4  # a heavy tenant's prompts are computed in pieces of so many times less than `prefill_tokens`
 
 class Engine:
     """Answers requests from a base and any number of its variants; see `Serving` for what doors call.
 
     `fetch` gives a variant by its identity; `share_of` what a tenant may use; `folder` is where packed variants are
-    kept. `start` begins the thread; without it,
-    `step` may be called by hand.
+    kept. `start` begins the thread; without it, `step` may be called by hand.
     """
 
     waits = False
@@ -51,7 +50,8 @@ class Engine:
         folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.base, self.settings = base, settings
-        self.decoder = d = decoder_of(base.model, settings)
+        self.decoder: Decodes = decoder_of(base.model, settings)
+        d = self.decoder
         self.context = d.context
         kept = settings.tokens_kept(d.token_bytes, d.context, d.memory())
         self.cache, self.bank = d.cache(kept, settings.share_prefixes), d.bank(settings.slots, settings.bank_bytes)
@@ -64,19 +64,12 @@ class Engine:
         self.queue = Queue(share_of, policy=settings.policy, quantum_tokens=8.0 * settings.rows)  # type: ignore[arg-type]
         self.admission = admission or Admission()
         self.grammars = Grammars(base.tokenizer)
-        generation = getattr(base.model, "generation_config", None)
-        ends = getattr(generation, "eos_token_id", None)
-        ends = ends if ends is not None else getattr(base.tokenizer, "eos_token_id", None)
-        self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        self._waiting: dict[int, Row] = {}
-        self._running: dict[int, Row] = {}
-        self._cancelled: set[int] = set()
-        self.lately, self._heavy = Lately(share_of), frozenset[str]()
-        self._pins: deque[frozenset[str]] = deque()
+        self.ends = ends_of(base)
+        self.lately = Lately(share_of)
+        self.standing = Standing(settings, self._lock, self.queue, self.tiers, self.cache, self.lately)
         self._next = self._stirred = 0
-        self._owed = 0
         self._speed, self._last_step_s = 0.0, 0.0
-        self.steps = self.computed_tokens = self.cached_tokens = self.new_tokens = self.preempted = 0
+        self.steps = self.computed_tokens = self.cached_tokens = self.new_tokens = 0
         self._thread: threading.Thread | None = None
         self._stopping = False
         self.failure = ""
@@ -100,10 +93,9 @@ class Engine:
         grammar = self.grammars.make(ask.how.schema) if ask.how.schema else None
         tokens = n + ask.how.max_tokens
         with self._lock:
-            if self._stopping or self.failure:
-                raise Overloaded("the server is stopping" if self._stopping else self.failure, 30.0)
+            self._refuse_at_the_end()
             self.admission.check(
-                use=(self._owed + tokens) / (self.cache.size * BLOCK), waiting=len(self.queue),
+                use=(self.standing.owed + tokens) / (self.cache.size * BLOCK), waiting=len(self.queue),
                 waiting_tokens=self.queue.waiting_tokens, tokens=tokens, weight=self.share_of(ask.tenant).weight,
                 behind=self.queue.lead(ask.tenant), drain_tokens_s=self._speed,
             )  # fmt: skip
@@ -111,26 +103,31 @@ class Engine:
             self.tiers.ask(ask.variant)
         words = Words(self.base.tokenizer, ask.how.stop)
         with self._lock:
+            self._refuse_at_the_end()  # it may have come while the variant was looked for, and nobody would answer
             self._next += 1
             now = time.monotonic()
             waiting = Waiting(self._next, ask.tenant, ask.variant, n, ask.how.max_tokens, now)
             self.queue.put(waiting, now)
             self.lately.asked(ask.tenant, now)
-            self._owed += tokens
-            self._waiting[self._next] = Row(ask, deliver, waiting, list(ask.tokens), words, Chooser(ask.how, grammar))
+            self.standing.add(Row(ask, deliver, waiting, list(ask.tokens), words, Chooser(ask.how, grammar)))
             self._stir()
             return self._next
+
+    def _refuse_at_the_end(self) -> None:
+        """Raises: Overloaded, where no request is taken any more."""
+        if self._stopping or self.failure:
+            raise Overloaded("the server is stopping" if self._stopping else self.failure, 30.0)
 
     def cancel(self, ticket: int) -> None:
         """End a request early; see `Serving`."""
         with self._lock:
-            self._cancelled.add(ticket)
+            self.standing.cancelled.add(ticket)
             self._stir()
 
     def pin(self, identities: frozenset[str]) -> None:
         """These variants stay resident from now on, and no others; they are loaded now."""
         with self._lock:
-            self._pins.append(identities)
+            self.standing.pins = identities
             self._stir()
 
     def _wake(self) -> None:
@@ -155,7 +152,7 @@ class Engine:
         until = time.monotonic() + grace_s
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < until:
             with self._lock:
-                if not self._running and not self._waiting:
+                if not self.standing.running and not self.standing.waiting:
                     break
             time.sleep(0.01)
         with self._lock:
@@ -181,7 +178,7 @@ class Engine:
                 if not self.step():
                     with self._lock:
                         if seen == self._stirred:  # nothing came while we looked
-                            self._lock.wait(0.05 if self._waiting else 1.0)
+                            self._lock.wait(0.05 if self.standing.waiting else 1.0)
         except BaseException as error:  # whatever it is, those who wait must hear of it
             self.failure = f"the engine failed: {type(error).__name__}: {error}"
             self._fail_all(self.failure)
@@ -189,20 +186,19 @@ class Engine:
 
     def _fail_all(self, why: str) -> None:
         with self._lock:
-            rows = [*self._running.values(), *self._waiting.values()]
-            self._running.clear()
-            self._waiting.clear()
+            rows = self.standing.clear()
         for row in rows:
             self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt, n_new=row.n_new))
 
     def step(self) -> bool:
         """Do one step; False where there was nothing to do."""
         began = time.monotonic()
-        self._settle(began)
-        rows, prefill_tokens = self._composed()
+        for row, piece in self.standing.settle(began):
+            self._tell(row, piece)
+        rows, prefill_tokens = self.standing.composed()
         if not rows:
             return False
-        flat, decoding, ending, weighing = flatten(rows, prefill_tokens, self.cache, self._grow)
+        flat, decoding, ending, weighing = flatten(rows, prefill_tokens, self.cache, self.standing.grow)
         if not flat.tokens:
             return False
         logits = self.decoder.step(flat, self.bank, self.cache)
@@ -214,148 +210,12 @@ class Engine:
         self._clock(len(flat.tokens), time.monotonic() - began)
         return True
 
-    def _composed(self) -> tuple[list[Row], int]:
-        """The rows of the next step, in the order in which their prompts are computed, and how much of these.
-
-        A prompt of a tenant that is not heavy goes before all others; while one is there, the rows of heavy tenants
-        pause, and else their prompts come in smaller pieces, so that no step is long when the next one arrives.
-        """
-        rows, heavy, most = list(self._running.values()), self._heavy, self.settings.prefill_tokens
-        if self.settings.policy != "vtc":
-            return rows, most
-        with self._lock:
-            had = self.queue.counters()
-        rows.sort(key=lambda row: (row.ask.tenant in heavy, had.get(row.ask.tenant, 0.0)))
-        if not heavy:
-            return rows, most
-        light = [row for row in rows if row.ask.tenant not in heavy]
-        if any(row.done < len(row.tokens) - 1 for row in light):
-            return light, most
-        return rows, max(1, most // _PIECE)
-
-    def _settle(self, now_s: float) -> None:
-        """Between two steps: pins, cancellations, preemption, and requests that begin."""
-        with self._lock:
-            self._heavy = self.lately.heavy(now_s) if self.settings.policy == "vtc" else frozenset()
-            pins = [self._pins.popleft() for _ in range(len(self._pins))]
-            gone = [self._drop(t) for t in self._cancelled]
-            self._cancelled.clear()
-        for row in gone:
-            if row is not None:
-                self._tell(row, self._last(row, "cancelled"))
-        if pins:
-            self.tiers.pinned = pins[-1]
-        for identity in self.tiers.pinned - self.bank.slots.keys():
-            self._enter_pinned(identity)
-        with self._lock:
-            failed = self._failed_to_load()
-        for row, why in failed:
-            self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt))
-        with self._lock:
-            most = self.settings.rows + self.settings.spare
-            if self._waiting and len(self._running) >= most:
-                victim = self.queue.victim([r.waiting for r in self._running.values()])
-                if victim is not None:
-                    self._suspend(self._running[victim.ticket])
-            while len(self._running) < most:
-                w = self.queue.pick(self._resident, self._fits, now_s, self._may)
-                if w is None:
-                    break
-                self._begin(self._waiting.pop(w.ticket))
-
-    def _enter_pinned(self, identity: str) -> None:
-        try:
-            if self.tiers.ready(identity) and self.tiers.enter(identity) is not None:
-                self.tiers.leave(identity)
-        except Unavailable:
-            self.tiers.pinned -= {identity}
-
-    def _failed_to_load(self) -> list[tuple[Row, str]]:
-        """Waiting requests whose variant cannot be loaded, taken out of the queue."""
-        why = self.tiers.failures()
-        rows = [(t, r) for t, r in self._waiting.items() if r.ask.variant in why] if why else []
-        return [(dropped, why[r.ask.variant]) for t, r in rows if (dropped := self._drop(t)) is not None]
-
-    def _resident(self, identity: str) -> bool:
-        return identity == BASE or identity in self.bank.slots
-
-    def _fits(self, w: Waiting) -> bool:
-        """Whether a request could begin now: its variant is in memory and its prompt fits the cache."""
-        if -(-(w.n_prompt + w.n_done + 1) // BLOCK) > self.cache.room - len(self._running):
-            return False
-        if w.variant == BASE:
-            return True
-        return self.tiers.ready(w.variant) and self.tiers.can_enter(w.variant)
-
-    def _may(self, tenant: str) -> bool:
-        """Whether a tenant may have another row: the spare ones are for all but the heavy."""
-        return len(self._running) < self.settings.rows or (bool(self._heavy) and tenant not in self._heavy)
-
-    def _begin(self, row: Row) -> None:
-        """Give a request its slot, and what the cache already has of it."""
-        if row.ask.variant != BASE:
-            slot = self.tiers.enter(row.ask.variant)
-            if slot is None:  # the room is there but in pieces too small; it waits for rows to end
-                self.queue.back(row.waiting)
-                self._waiting[row.waiting.ticket] = row
-                return
-            row.slot = slot
-        weighed = row.ask.weighed  # every token is computed; its blocks are there for who asks after it
-        row.held, row.done = self.cache.begin(row.ask.variant, [] if weighed else row.tokens)
-        row.nats = 0.0
-        if not row.n_new:
-            row.n_cached = row.done
-        self._running[row.waiting.ticket] = row
-
-    def _suspend(self, row: Row) -> None:
-        """Preempt: the row goes back to the head of its tenant's queue; its full blocks stay to be found again."""
-        ticket = row.waiting.ticket
-        del self._running[ticket]
-        self._release(row)
-        row.waiting.n_done = row.n_new
-        self.queue.back(row.waiting)
-        self._waiting[ticket] = row
-        self.preempted += 1
-
-    def _release(self, row: Row) -> None:
-        if row.held is not None:
-            self.cache.end(row.held)
-            row.held, row.done = None, 0
-        if row.slot >= 0:
-            self.tiers.leave(row.ask.variant)
-            row.slot = -1
-
-    def _drop(self, ticket: int) -> Row | None:
-        """Take a request out wherever it is."""
-        row = self._running.pop(ticket, None)
-        if row is not None:
-            self._release(row)
-            self.queue.ended(row.waiting)
-        else:
-            row = self._waiting.pop(ticket, None)
-            if row is None:
-                return None
-            self.queue.drop(ticket)
-        self._owed -= row.n_prompt + row.ask.how.max_tokens
-        return row
-
-    def _grow(self, row: Row, tokens: int, push: bool) -> bool:
-        """Blocks for `tokens` tokens of a row; with `push`, the rows that came last are preempted until there are."""
-        while row.held is not None and not self.cache.extend(row.held, tokens):
-            if not push:
-                return False
-            with self._lock:
-                holders = [r for r in self._running.values() if r.held is not None]
-                assert len(holders) > 1, "the cache holds one request of full length"
-                self._suspend(max(holders, key=lambda r: r.waiting.ticket))
-        return row.held is not None
-
     def _account(self, flat: Flat, decoding: list[Row]) -> None:
         """Note what the step computed."""
         for row in decoding:
             row.done += 1
         self.computed_tokens += len(flat.tokens)
-        for row in self._running.values():
+        for row in self.standing.running.values():
             if row.held is not None:
                 self.cache.learn(row.held, row.tokens, row.done)
 
@@ -377,7 +237,7 @@ class Engine:
                 token, logprob, top = (best[i], 0.0, []) if row.chooser.plain else row.chooser.choose(raw[i])
             except Exception as error:  # a grammar that fails ends its own request only
                 with self._lock:
-                    self._drop(row.waiting.ticket)
+                    self.standing.drop(row.waiting.ticket)
                 why = f"no token could be chosen: {error}"
                 self._tell(row, Piece(finish="error", error=why, n_prompt=row.n_prompt))
                 continue
@@ -389,7 +249,7 @@ class Engine:
             for row in rows:
                 self.queue.served(row.ask.tenant, row.n_prompt, 0)
                 self.lately.served(row.ask.tenant, row.n_prompt, 0)
-                self._drop(row.waiting.ticket)
+                self.standing.drop(row.waiting.ticket)
         for row in rows:
             self._tell(row, Piece(finish="stop", n_prompt=row.n_prompt, nats=row.nats))
 
@@ -404,17 +264,15 @@ class Engine:
         stopped = stopped or (grammar is not None and grammar.ended)
         if ended or stopped or row.n_new >= row.ask.how.max_tokens:
             with self._lock:
-                self._drop(row.waiting.ticket)
-            finish = "stop" if ended or stopped else "length"
+                self.standing.drop(row.waiting.ticket)
+            finish: Finish = "stop" if ended or stopped else "length"
             self._tell(row, self._last(row, finish, () if ended else (token,), text, told))
         else:
             self._tell(row, Piece((token,), text, told))
 
-    def _last(self, row: Row, finish: Any, ids: tuple[int, ...] = (), text: str = "",
-              told: tuple[Chosen, ...] = ()) -> Piece:  # fmt: skip
-        rest = "" if finish == "cancelled" else row.words.rest()
+    def _last(self, row: Row, finish: Finish, ids: tuple[int, ...], text: str, told: tuple[Chosen, ...]) -> Piece:
         n_new = row.n_new - (1 if finish == "stop" and not ids else 0)
-        return Piece(ids, text + rest, told, finish, "", row.n_prompt, row.n_cached, n_new)
+        return Piece(ids, text + row.words.rest(), told, finish, "", row.n_prompt, row.n_cached, n_new)
 
     def _tell(self, row: Row, piece: Piece) -> None:
         """Hand a piece over; a receiver that fails is no reason to stop answering the others."""
@@ -434,13 +292,13 @@ class Engine:
         """What goes on, as JSON."""
         with self._lock:
             busy: dict[str, int] = {}
-            for row in self._running.values():
+            for row in self.standing.running.values():
                 busy[row.ask.variant or "base"] = busy.get(row.ask.variant or "base", 0) + 1
             return {
-                "alive": self.alive, "failure": self.failure, "rows": len(self._running),
+                "alive": self.alive, "failure": self.failure, "rows": len(self.standing.running),
                 "max_rows": self.settings.rows, "waiting": len(self.queue), "queues": self.queue.depths(),
                 "counters": self.queue.counters(), "running": busy, "kv_blocks": self.cache.size,
                 "kv_used": self.cache.used, "tokens_s": round(self._speed, 1), "step_s": self._last_step_s,
                 "steps": self.steps, "computed_tokens": self.computed_tokens, "cached_tokens": self.cached_tokens,
-                "new_tokens": self.new_tokens, "preempted": self.preempted, "variants": self.tiers.state(),
+                "new_tokens": self.new_tokens, "preempted": self.standing.preempted, "variants": self.tiers.state(),
             }  # fmt: skip

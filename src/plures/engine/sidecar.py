@@ -24,6 +24,7 @@ from plures.choice.kmeans import unit
 from plures.core.errors import BadInput, disk
 from plures.engine.columns import append, nameless
 from plures.tensors import safe
+from plures.tensors.together import sync_folder
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["f16", "int8"]
@@ -170,7 +171,7 @@ class Writer:
                 if old:
                     old.rename(self.path)
                 raise
-            safe.sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             (self.path / self.mark.name).unlink()
         if old:
             shutil.rmtree(old, ignore_errors=True)

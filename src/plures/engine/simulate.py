@@ -6,7 +6,6 @@ is made of the costs of the steps.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import random
@@ -19,7 +18,8 @@ from plures.core.errors import WrongUse
 from plures.core.seeds import stream
 from plures.engine.admit import Admission
 from plures.engine.ask import BASE, Overloaded
-from plures.engine.schedule import NEW_PRICE, PROMPT_PRICE, Queue, Share, Waiting
+from plures.engine.schedule import Queue, Waiting
+from plures.engine.share import NEW_PRICE, PROMPT_PRICE, Share
 
 Popularity = Literal["uniform", "distinct", "skewed", "identical"]
 MOST_PREEMPTED = 4  # in one step
@@ -356,34 +356,6 @@ def gamma_arrivals(
     while (at_s := at_s + rng.gammavariate(1 / cv**2, cv**2 / rate)) < duration_s:
         made.append(Arrival(at_s, tenant, next(names), rng.randint(*n_prompt), rng.randint(*n_new)))
     return made
-
-
-def belady(log: Sequence[str], slots: int) -> float:
-    """The best hit rate that any cache of so many slots can have on a log of variants, each loaded when asked.
-
-    Belady's rule: give up what is asked again last. It is the yardstick SCH of "Not All Models Suit Expert Offloading"
-    (arXiv:2505.16056) with variants for experts and the whole log for a segment.
-    """
-    if slots < 1:
-        raise WrongUse(f"slots must be at least 1, got {slots}")
-    after, seen = [len(log)] * len(log), dict[str, int]()
-    for i in range(len(log) - 1, -1, -1):
-        after[i] = seen.get(log[i], len(log))
-        seen[log[i]] = i
-    held: dict[str, int] = {}  # variant -> when it is asked again
-    heap, hits = list[tuple[int, str]](), 0
-    for variant, again in zip(log, after, strict=True):
-        if variant in held:
-            hits += 1
-        elif len(held) >= slots:
-            while True:
-                when, old = heapq.heappop(heap)
-                if held.get(old) == -when:
-                    del held[old]
-                    break
-        held[variant] = again
-        heapq.heappush(heap, (-again, variant))
-    return hits / len(log) if log else 1.0
 
 
 def suggest(costs: Costs, arrivals: Sequence[Arrival], choices: Iterable[Limits]) -> Limits:

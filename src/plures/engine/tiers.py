@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +18,13 @@ from typing import Any
 
 from plures.core.errors import PluresError
 from plures.engine import packed
-from plures.engine.ask import Unavailable
+from plures.engine.ask import Overloaded, Unavailable
 from plures.engine.bank import Bank, Packed, Place, pack
-from plures.engine.simulate import belady
+from plures.engine.belady import belady
 from plures.tensors.variant import Variant
 
 _LOGGED = 10_000
+_HEATED = 10_000  # variants whose heat is known: after as many requests of others it is 2^-39 of what it was
 _RATES_S = 30.0
 
 
@@ -47,11 +48,13 @@ class Tiers:
         self._packed: OrderedDict[str, Packed] = OrderedDict()
         self._bytes = 0
         self._users: dict[str, int] = {}
-        self._heat: dict[str, tuple[float, int]] = {}
+        self._heat: OrderedDict[str, tuple[float, int]] = OrderedDict()  # the one asked longest ago first
         self._loading: dict[str, Future[Packed]] = {}
         self._failed: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._prepared: set[str] = set()
+        self._wanted, self._prepared = frozenset[str](), set[str]()
+        self.gone: frozenset[str] = frozenset()  # removed from the fleet, and perhaps still in memory
+        self._closed = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="plures-load")
         self._packer = ThreadPoolExecutor(1, thread_name_prefix="plures-pack")
 
@@ -59,13 +62,16 @@ class Tiers:
         """A request for `identity` has arrived: count it, and see that it comes into memory.
 
         A packed file is mapped here and now, by the thread that brings the request; reading from the store goes on
-        behind. May be called from any thread.
+        behind. May be called from any thread. Raises: Overloaded, where nothing is loaded any more.
         """
         with self._lock:
             self.asked += 1
             self.log.append((identity, identity in self.bank.slots))
             heat, last = self._heat.get(identity, (0.0, self.asked))
             self._heat[identity] = (heat * 0.5 ** ((self.asked - last) / self.half_life) + 1, self.asked)
+            self._heat.move_to_end(identity)
+            if len(self._heat) > _HEATED:
+                self._heat.popitem(last=False)
             if identity in self.bank.slots:
                 self.hits += 1
             if identity in self.bank.slots or identity in self._packed or identity in self._loading:
@@ -76,19 +82,33 @@ class Tiers:
             if found is not None:
                 self._insert(identity, found)
             elif identity not in self._packed and identity not in self._loading:
-                self._loading[identity] = self._loader.submit(self._load, identity)
+                self._begin_load(identity)
+
+    def _begin_load(self, identity: str) -> None:
+        if self._closed:
+            raise Overloaded("the server is stopping", 30.0)
+        self._loading[identity] = self._loader.submit(self._load, identity)
 
     def prepare(self, identities: Iterable[str]) -> None:
-        """Write packed files, behind everything else, of those of `identities` that have none; others' are removed."""
+        """Write packed files, behind everything else, of those of `identities` that have none; others' are removed.
+
+        They are all that the fleet has: what was among them the last time and is no more is `gone`, and the engine's
+        thread forgets it. May be called from any thread, always the same.
+        """
+        wanted = frozenset(identities)
+        with self._lock:
+            self.gone = (self.gone | self._wanted) - wanted
+        self._wanted = wanted
+        self._prepared &= wanted
         if self.folder is None:
             return
-        wanted = frozenset(identities)
         have = {p.stem: p for p in self.folder.glob("*.safetensors")} if self.folder.is_dir() else {}
         for identity in have.keys() - wanted:
             have[identity].unlink(missing_ok=True)
         for identity in wanted - have.keys() - self._prepared:
-            self._prepared.add(identity)
-            self._packer.submit(self._prepare, identity)
+            with suppress(RuntimeError):  # it is being closed; the file is for the next time
+                self._packer.submit(self._prepare, identity)
+                self._prepared.add(identity)
 
     def _prepare(self, identity: str) -> None:
         assert self.folder is not None
@@ -118,7 +138,7 @@ class Tiers:
             if identity in self.bank.slots or identity in self._packed:
                 return True
             if identity not in self._loading:  # it was in memory when asked for, and has been put out since
-                self._loading[identity] = self._loader.submit(self._load, identity)
+                self._begin_load(identity)
             return False
 
     def failures(self) -> dict[str, str]:
@@ -141,6 +161,8 @@ class Tiers:
     def _insert(self, identity: str, found: Packed) -> None:
         """Keep a packed variant in memory; those used longest ago make room."""
         self.loads += 1
+        if (old := self._packed.pop(identity, None)) is not None:  # two that asked at once have both found its file
+            self._bytes -= old.n_bytes
         self._packed[identity] = found
         self._bytes += found.n_bytes
         while self._bytes > self.host_bytes and len(self._packed) > 1:
@@ -189,8 +211,16 @@ class Tiers:
         heat, last = self._heat.get(identity, (0.0, 0))
         return heat * 0.5 ** ((self.asked - last) / self.half_life)
 
+    def forget_gone(self, waited: Collection[str]) -> None:
+        """Forget what was removed from the fleet, but for what rows use, wait for (`waited`) or load now."""
+        with self._lock:
+            kept = {*waited, *self._users, *self._loading, *self.pinned}
+            gone, self.gone = self.gone - kept, self.gone & kept
+        for identity in gone:
+            self.forget(identity)
+
     def forget(self, identity: str) -> None:
-        """Drop an idle variant from every tier (it was removed from the fleet)."""
+        """Drop a variant from every tier that no row is using it in."""
         with self._lock:
             if identity in self.bank.slots and identity not in self._users:
                 self.bank.drop(identity)
@@ -201,7 +231,7 @@ class Tiers:
     def hit_rates(self) -> tuple[float, float]:
         """The share of the last 10,000 requests whose variant was resident, and the best that any cache could have had.
 
-        The second is Belady's on the same log (`simulate.belady`). Told anew every half minute at most.
+        The second is Belady's on the same log (`belady.belady`). Told anew every half minute at most.
         """
         with self._lock:
             at_s, mine, best = self._rates
@@ -227,6 +257,8 @@ class Tiers:
 
     def close(self) -> None:
         """Stop loading."""
+        with self._lock:
+            self._closed = True
         self._loader.shutdown(wait=True, cancel_futures=True)
         self._packer.shutdown(wait=True, cancel_futures=True)
 

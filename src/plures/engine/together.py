@@ -30,6 +30,7 @@ class Together(nn.Module):
                            "that all differ to let them answer together")  # fmt: skip
         route.weigh(torch.zeros(len(slots), 1), torch.zeros(len(slots)))  # one that cannot weigh so many says so now
         self.session, self.slots, self.route = session, tuple(slots), route
+        session.hold(self, self.slots)
         self.model = session.model  # a PEFT model: one member at least is a variant
         self.eval()
 

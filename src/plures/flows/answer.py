@@ -125,7 +125,7 @@ def answer(serving: Serving, requests: Path, out: Path, resolve: Resolve, *, win
         lines = (_line(request, ask, part) for request, ask in order(asks))
         ask_all(serving, Feed(part, lines, lambda: told(len(part.done), len(wanted))), window)
         safe.write_chunks(out, part.lines(r.id for r in wanted))
-    part.path.unlink()
+        part.path.unlink(missing_ok=True)  # before another process may have it
     return Answered(len(wanted), before, len(wanted) - before, part.failed)
 
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 from plures.core.errors import BadInput, DiskTrouble, StoreBusy, WrongUse, disk
 from plures.store.names import check_name, shown
-from plures.tensors.safe import sync_folder, write_bytes
+from plures.tensors.safe import write_bytes
+from plures.tensors.together import sync_folder
 
 
 class Missing(WrongUse):
@@ -123,8 +124,9 @@ def plainly() -> Iterator[None]:
     except InUse:
         raise
     except BadInput as error:
-        why = "is full" if "disk is full" in str(error) else "cannot be used"
-        raise DiskTrouble(f"the disk of the server {why}; nothing was changed") from error
+        full = isinstance(error, DiskTrouble) and error.full
+        why = "is full" if full else "cannot be used"
+        raise DiskTrouble(f"the disk of the server {why}; nothing was changed", full) from error
 
 
 def names(folder: Path) -> list[str]:

@@ -155,6 +155,7 @@ class Runner:
                 return self.store.save(replace(batch, errors=list(errors)).now("failed"))
             except PluresError as trouble:
                 error = trouble
-        why = "the disk of the server is full" if "is full" in str(error) else "the store of the server cannot be used"
+        full = isinstance(error, DiskTrouble) and error.full
+        why = "the disk of the server is full" if full else "the store of the server cannot be used"
         self._paused[batch.id] = (time.monotonic() + PAUSE_S, why)
         return None

@@ -22,7 +22,6 @@ from plures.tensors.safe import write_bytes, write_chunks
 
 __all__ = ["Batch", "Batches", "File", "InUse", "Missing"]
 FOLDER = "batches"
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 FINISHED = frozenset({"completed", "failed", "cancelled"})
 STALE_S = 86_400.0  # what an upload that was cut short left is cleared away after a day
 _FILE, _BATCH = Kind("file", "file-"), Kind("batch", "batch_")
@@ -106,8 +105,9 @@ class Batches:
             return self._folders.one(tenant, id, _FILE, File)
 
     def files(self, tenant: str) -> list[File]:
-        """A tenant's files, the newest first."""
-        return self._folders.all(tenant, _FILE, File)
+        """A tenant's files, the newest first. Raises: DiskTrouble."""
+        with plainly(), disk(self._folders.root / tenant, "read"):
+            return self._folders.all(tenant, _FILE, File)
 
     def open(self, tenant: str, id: str) -> IO[bytes]:
         """The bytes of a file, which stay readable though it be deleted. Raises: Missing."""
@@ -159,8 +159,9 @@ class Batches:
             return self._folders.one(tenant, id, _BATCH, Batch)
 
     def batches(self, tenant: str) -> list[Batch]:
-        """A tenant's batches, the newest first."""
-        return [self._cancelling(b) for b in self._folders.all(tenant, _BATCH, Batch)]
+        """A tenant's batches, the newest first. Raises: DiskTrouble."""
+        with plainly(), disk(self._folders.root / tenant, "read"):
+            return [self._cancelling(b) for b in self._folders.all(tenant, _BATCH, Batch)]
 
     def cancel(self, tenant: str, id: str) -> Batch:
         """Ask for a batch's end; it is cancelled once whoever runs it has seen this.

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from plures.core.errors import BadInput, StoreBusy, WrongUse, disk, nearest
+from plures.core.events import finite
+from plures.flows.held import held
 from plures.flows.recipes import BenchRecipe, ContenderPart, TenantPart
 from plures.store.names import check_name
 
@@ -104,12 +106,16 @@ def _ready(recipe: BenchRecipe, tenant: TenantPart) -> tuple[Any, dict[str, Any]
     if recipe.base not in _kept:
         _kept[recipe.base] = load_base(reference(recipe.base))
     base = _kept[recipe.base]
-    key = recipe.base, tenant.name, recipe.max_tokens
+    key = ("rows", recipe.base, *_files(tenant), recipe.max_tokens)
     if key not in _kept:
         rows = {part: read_rows(getattr(tenant, part)) for part in ("train", "valid", "test")}
         refuse(rows["train"], "plures bench")
         _kept[key] = {part: encode(of, base.tokenizer, max_tokens=recipe.max_tokens) for part, of in rows.items()}
     return base, _kept[key]
+
+
+def _files(tenant: TenantPart) -> tuple[str, str, str]:
+    return tenant.train, tenant.valid, tenant.test
 
 
 def run_cell(recipe: BenchRecipe, tenant: TenantPart, cell: Cell) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def run_cell(recipe: BenchRecipe, tenant: TenantPart, cell: Cell) -> dict[str, A
     from plures.bridges.peft import take_auxiliary
     from plures.core.events import Events
     from plures.core.seeds import stream
-    from plures.engine.data import Batches, held_out
+    from plures.engine.data import Batches, HeldOut
     from plures.engine.loop import Settings, Trainer, evaluate
     from plures.flows.train import pad_id
 
@@ -132,12 +138,12 @@ def run_cell(recipe: BenchRecipe, tenant: TenantPart, cell: Cell) -> dict[str, A
     n_bytes = sum(e.n_bytes for e in judged)
 
     def score() -> Iterator[dict[str, torch.Tensor]]:
-        return iter(held_out(judged, 8, recipe.max_tokens, pad))
+        return iter(HeldOut(judged, 8, recipe.max_tokens, pad))
 
-    zero = _kept.setdefault(("zero", recipe.base, tenant.name, cell.split), None)
-    if zero is None:
-        zero = evaluate(base.model, score, n_bytes, recipe.autocast).bits_per_byte
-        _kept["zero", recipe.base, tenant.name, cell.split] = zero
+    key = ("zero", recipe.base, getattr(tenant, cell.split), recipe.max_tokens, recipe.autocast)
+    if key not in _kept:
+        _kept[key] = evaluate(base.model, score, n_bytes, recipe.autocast).bits_per_byte
+    zero = _kept[key]
     began, peak = time.process_time(), _Peak()
     with torch.random.fork_rng():  # PEFT's own methods draw from torch's generator
         torch.manual_seed(stream(cell.seed, "peft"))
@@ -228,27 +234,10 @@ def _end_with(parent: int) -> None:
 @contextmanager
 def on_ray(workers: int) -> Iterator[Pool]:
     """Cells as Ray tasks, on this machine or the cluster of RAY_ADDRESS. Raises: MissingExtra."""
-    from plures.core.errors import missing
+    from plures.flows.on_cluster import on_cluster
 
-    try:
-        import ray
-    except ImportError as error:
-        raise missing("ray", "ray", "plures bench --on ray") from error
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
-    ray.init(log_to_driver=False, **local)
-    try:
-        task = ray.remote(num_cpus=1)(run_cell)
-
-        def run(jobs: Sequence[tuple[BenchRecipe, TenantPart, Cell]]) -> Iterator[dict[str, Any]]:
-            left = [task.remote(*job) for job in jobs]
-            while left:
-                done, left = ray.wait(left, num_returns=1)
-                yield ray.get(done[0])
-
-        yield run
-    finally:
-        ray.shutdown()
+    with on_cluster("plures bench --on ray", workers) as cluster:
+        yield lambda jobs: cluster(run_cell, jobs)
 
 
 class Cells:
@@ -264,6 +253,7 @@ class Cells:
                 f.truncate(whole.rfind(b"\n") + 1)  # a line cut short by a kill
             for line in whole[: whole.rfind(b"\n") + 1].splitlines():
                 row = json.loads(line)
+                row["bits_per_byte"] = float("inf") if row["bits_per_byte"] is None else row["bits_per_byte"]
                 self.done[Cell(**{k: row[k] for k in Cell.__dataclass_fields__}).key()] = row
 
     def all(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -273,7 +263,7 @@ class Cells:
         for row in self.pool(jobs) if jobs else ():
             self.done[Cell(**{k: row[k] for k in Cell.__dataclass_fields__}).key()] = row
             with disk(self.path), self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(finite(row), allow_nan=False) + "\n")  # of a rate that diverged: null
             self.say(f"{row['contender']:20s} {row['tenant']:10s} {row['split']:5s} lr {row['lr']:.1e} "
                      f"seed {row['seed']}  {row['bits_per_byte']:.4f} bits/byte  {row['cpu_s']:.0f} CPU s")  # fmt: skip
         return [self.done[c.key()] for c in cells]
@@ -300,42 +290,47 @@ def _cell(name: str, part: ContenderPart, options: dict[str, Any], tenant: str, 
     return Cell(name, part.method, options, part.peft, tenant, split, lr, seed)
 
 
+def roles(recipe: BenchRecipe) -> tuple[str, list[str]]:
+    """The tenant on which rates are searched, and those that are scored. Raises: WrongUse."""
+    names = [t.name for t in recipe.tenants]
+    chosen = recipe.search_tenant or (names[0] if names else "")
+    if len(set(names)) != len(names) or len(names) < 2 or chosen not in names:
+        raise WrongUse("tenants must be two at least, each of its own name, and search_tenant one of them; "
+                       f"got {names} and {chosen!r}")  # fmt: skip
+    return chosen, [n for n in names if n != chosen]
+
+
 def bench(recipe: BenchRecipe, *, on: Callable[[int], AbstractContextManager[Pool]] = processes,
           say: Say = lambda _: None) -> dict[str, Any]:  # fmt: skip
     """Run what is not done yet of a comparison, write its report, and return the summary.
 
     `on` says where cells run: `processes` of this machine, or `on_ray`.
     Writes `cells.jsonl`, `cells.csv`, `summary.json` and `report.html` into `recipe.out`.
-    Raises: WrongUse for contenders or tenants that do not fit together, and where the folder is of another recipe.
+    Raises: WrongUse for contenders or tenants that do not fit together, and where the folder is of another recipe;
+        StoreBusy while another process works in it.
     """
     from plures.core.recipe import to_dict
     from plures.flows.bench_report import ablations, summarise, write_report
     from plures.flows.fleet import Fleet
     from plures.tensors import safe
 
-    names = [t.name for t in recipe.tenants]
-    chosen = recipe.search_tenant or (names[0] if names else "")
-    if len(set(names)) != len(names) or len(names) < 2 or chosen not in names:
-        raise WrongUse("tenants must be two at least, each of its own name, and search_tenant one of them; "
-                       f"got {names} and {chosen!r}")  # fmt: skip
+    chosen, scored = roles(recipe)
     made, out = contenders(recipe.contenders), Path(recipe.out)
-    with disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-    free = ("out", "workers", "contenders", "seeds")
-    said = json.dumps({k: v for k, v in to_dict(recipe).items() if k not in free}, indent=1)
-    before = out / "of.json"
-    if before.exists() and before.read_text(encoding="utf-8") != said:
-        raise WrongUse(f"{str(out)!r} holds the results of another recipe; name another folder with out=")
-    safe.write_bytes(before, said.encode())
-    Fleet(out / FLEET, base=recipe.base).close()
-    scored = [n for n in names if n != chosen]
-    with on(recipe.workers) as pool:
-        cells = Cells(recipe, pool, say)
-        rates = search(cells, made, chosen)
-        rows = cells.all([_cell(n, *made[n], t, "test", rates[n], s)
-                          for s in range(recipe.seeds) for t in scored for n in made])  # fmt: skip
-    told = summarise(rows, rates) | {"recipe": to_dict(recipe), "search_tenant": chosen}
-    told |= {"ablations": ablations(told, rows),
-             "notes": {p.name or p.method: p.note for p in recipe.contenders if p.note}}  # fmt: skip
-    write_report(out, told, rows)
-    return told
+    with held(out / ".lock", f"compares methods in {str(out)!r}"):
+        free = ("out", "workers", "contenders", "seeds")
+        said = json.dumps({k: v for k, v in to_dict(recipe).items() if k not in free}, indent=1)
+        before = out / "of.json"
+        if before.exists() and before.read_text(encoding="utf-8") != said:
+            raise WrongUse(f"{str(out)!r} holds the results of another recipe; name another folder with out=")
+        safe.write_bytes(before, said.encode())
+        Fleet(out / FLEET, base=recipe.base).close()
+        with on(recipe.workers) as pool:
+            cells = Cells(recipe, pool, say)
+            rates = search(cells, made, chosen)
+            rows = cells.all([_cell(n, *made[n], t, "test", rates[n], s)
+                              for s in range(recipe.seeds) for t in scored for n in made])  # fmt: skip
+        told = summarise(rows, rates) | {"recipe": to_dict(recipe), "search_tenant": chosen}
+        told |= {"ablations": ablations(told, rows),
+                 "notes": {p.name or p.method: p.note for p in recipe.contenders if p.note}}  # fmt: skip
+        write_report(out, told, rows)
+        return told

@@ -6,10 +6,12 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from plures.core.events import finite
 from plures.tensors import safe
 
 Rows = Sequence[Mapping[str, Any]]
@@ -57,7 +59,7 @@ def summarise(rows: Rows, rates: Mapping[str, float]) -> dict[str, Any]:
         told[n] = {
             "method": mine[0]["method"], "peft": mine[0]["peft"], "options": mine[0]["options"], "lr": rates[n],
             "trained": mine[0]["trained"], "bits_per_byte": mean(by_seed),
-            "sd_over_seeds": stdev(by_seed) if len(seeds) > 1 else 0.0, "rank": ranks[n],
+            "sd_over_seeds": _spread(by_seed), "rank": ranks[n],
             "by_tenant": {t: mean(bits[n, t, s] for s in seeds) for t in tenants},
             "step_cpu_s": mean(r["step_cpu_s"] for r in mine), "more_mb": max(r["more_mb"] for r in mine),
         }  # fmt: skip
@@ -79,14 +81,21 @@ def ablations(told: Mapping[str, Any], rows: Rows) -> dict[str, list[dict[str, A
         if whole:
             pairs = [(n, t, s) for n, t, s in bits if n == name]
             worse = [bits[n, t, s] - bits[whole, t, s] for n, t, s in pairs]
-            error = stdev(worse) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
+            error = _spread(worse) / len(worse) ** 0.5
             found.setdefault(whole, []).append({"name": name, "worse": mean(worse), "error": error})
     return found
 
 
+def _spread(values: Sequence[float]) -> float:
+    """Their standard deviation; nan where a run diverged."""
+    if not all(map(isfinite, values)):
+        return float("nan")
+    return stdev(values) if len(values) > 1 else 0.0
+
+
 def write_report(out: Path, told: Mapping[str, Any], rows: Rows) -> None:
     """Write `summary.json`, `cells.csv` and `report.html` into `out`."""
-    safe.write_bytes(out / "summary.json", (json.dumps(told, indent=1) + "\n").encode())
+    safe.write_bytes(out / "summary.json", (json.dumps(finite(told), indent=1, allow_nan=False) + "\n").encode())
     text = io.StringIO()
     fields = ("contender", "method", "peft", "tenant", "seed", "lr", "trained", "bits_per_byte", "zero", "step_cpu_s",
               "more_mb", "cpu_s", "version")  # fmt: skip

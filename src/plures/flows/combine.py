@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from plures.adapt import adapts
 from plures.bridges.on_model import as_lora
 from plures.core.errors import WrongUse
+from plures.core.units import si_bytes
 from plures.flows.merge_sweep import between
 from plures.store import Store, Version
 from plures.store.names import check_name
 from plures.tensors.lowrank import reduced, weighted_sum
 from plures.tensors.site import Site
-from plures.tensors.variant import Variant
+from plures.tensors.variant import Variant, plain_lora
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,42 @@ class Combined:
     version: Version
     rank: int
     error: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What sums of variants come to: their names, whose sums they are, and of each its rank, sites and bytes."""
+
+    names: tuple[str, ...]
+    variants: tuple[str, ...]
+    ranks: tuple[int, ...]
+    rank: int
+    sites: int
+    n_bytes: int
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        of = ", ".join(f"{ref} of rank {r}" for ref, r in zip(self.variants, self.ranks, strict=True))
+        return [f"{', '.join(self.names)}: {'a sum' if len(self.names) == 1 else 'sums'} of {of}",
+                f"a LoRA of rank {self.rank} at {self.sites} sites, {si_bytes(self.n_bytes)}"
+                + (" each" if len(self.names) > 1 else "")]  # fmt: skip
+
+
+def plan(fleet: Path, variants: Sequence[str], name: str, *, rank: int = 0, many: int = 0) -> Plan:
+    """What `combine` would publish, or `soups` where `many` is not 0; nothing is written. Raises: as those."""
+    if rank < 0:
+        raise WrongUse(f"rank must be at least 0, got {rank}")
+    names = [called for called, _ in _line(variants, name, many)] if many else [check_name(name)]
+    with Store.open(fleet) as store:
+        versions, loaded = _loaded(store, variants)
+    shapes, widest = {s.name: s for v in loaded for s in v.sites}, 1
+    for site in shapes.values():
+        whole = sum(len(v.own[site.name]["A"]) for v in loaded if site.name in v.own)
+        most = min(whole, site.out, site.into)
+        widest = max(widest, min(rank or most, most))
+    ranks = [max((len(leaves["A"]) for leaves in v.own.values()), default=0) for v in loaded]
+    n_bytes = sum(4 * widest * (s.out + s.into) for s in shapes.values())
+    return Plan(tuple(names), tuple(v.ref for v in versions), tuple(ranks), widest, len(shapes), n_bytes)
 
 
 def combine(fleet: Path, weights: Mapping[str, float], name: str, *, rank: int = 0,
@@ -64,14 +101,7 @@ def soups(fleet: Path, variants: Sequence[str], name: str, many: int, *, rank: i
 
     Raises: WrongUse for other than two variants or fewer than two sums; as `combine`.
     """
-    if len(variants) != 2 or variants[0] == variants[1]:
-        raise WrongUse(f"a sweep lies between two variants, and {len(variants)} are named: {', '.join(variants)}")
-    if many < 2:
-        raise WrongUse(f"a sweep has at least 2 points, got {many}")
-    shares = between(many)
-    names = [check_name(f"{name}-{share:.6g}") for share in shares]
-    if len(set(names)) < many:
-        raise WrongUse(f"{many} points lie too near to each other to be told by six digits; take fewer")
+    names, shares = zip(*_line(variants, name, many), strict=True)
     with Store.open(fleet) as store:
         versions, loaded = _loaded(store, variants)
         made = []
@@ -82,6 +112,19 @@ def soups(fleet: Path, variants: Sequence[str], name: str, many: int, *, rank: i
         parents = [v.ref for v in versions]
         return [Combined(store.publish(variant, called, parents=parents), int(variant.options["r"]), error)
                 for called, (variant, error) in zip(names, made, strict=True)]  # fmt: skip
+
+
+def _line(variants: Sequence[str], name: str, many: int) -> list[tuple[str, float]]:
+    """The names of the sums between two variants, each with the share of the second."""
+    if len(variants) != 2 or variants[0] == variants[1]:
+        raise WrongUse(f"a sweep lies between two variants, and {len(variants)} are named: {', '.join(variants)}")
+    if many < 2:
+        raise WrongUse(f"a sweep has at least 2 points, got {many}")
+    shares = between(many)
+    names = [check_name(f"{name}-{share:.6g}") for share in shares]
+    if len(set(names)) < many:
+        raise WrongUse(f"{many} points lie too near to each other to be told by six digits; take fewer")
+    return list(zip(names, shares, strict=True))
 
 
 def _loaded(store: Store, refs: Sequence[str]) -> tuple[list[Version], list[Variant]]:
@@ -103,18 +146,14 @@ def _sum(loras: Sequence[Variant], weights: Sequence[float], rank: int) -> tuple
         factors = []
         for variant, _ in parts:
             method: Any = adapts.make("lora", **variant.options)
-            B, A = variant.own[name]["B"].float(), variant.own[name]["A"].float()
-            scale = method.alpha / (method.r**0.5 if method.rslora else method.r)
-            factors.append((B * scale, A))
+            factors.append(method.factors({k: t.float() for k, t in variant.own[name].items()}, {}))
         B, A, values = reduced(*weighted_sum(factors, [w for _, w in parts]), rank)
         own[name] = B, A
         kept = A.shape[0]
         lost, total = lost + float(values[kept:].square().sum()), total + float(values.square().sum())
         widest = max(widest, kept)
     whole = {n: {"A": _wide(A, widest, 0), "B": _wide(B, widest, 1)} for n, (B, A) in own.items()}
-    made = Variant("lora", asdict(adapts.make("lora", r=widest, alpha=float(widest))), loras[0].base,
-                   tuple(sites.values()), dict.fromkeys(sites, ""), whole)  # fmt: skip
-    return made, (lost / total) ** 0.5 if total else 0.0
+    return plain_lora(loras[0].base, list(sites.values()), whole, widest), (lost / total) ** 0.5 if total else 0.0
 
 
 def _wide(t: Tensor, rank: int, axis: int) -> Tensor:

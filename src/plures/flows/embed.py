@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 from plures.choice.kmeans import unit
 from plures.choice.muvera import Encoding
 from plures.core.errors import BadInput, Unreachable, WrongUse, missing
+from plures.core.units import si_bytes
 from plures.engine import columns
 from plures.engine.candidates import Candidates
 from plures.engine.embed import hashed
@@ -27,9 +27,6 @@ Say = Callable[[str], None]
 Model = Callable[[Sequence[str]], Array]
 Encode = Callable[[pa.Array, Path, columns.Part], Array]
 BLOCK = 4096  # texts between two marks
-_BEFORE = re.compile(  # what `made_by` said when it said all
-    r"(hashed n-grams, \d+ wide|sentence-transformers (?P<model>.+)), column (?P<text>.+?)(?P<turns>, turns by muvera)?"
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,45 @@ class Embedded:
     about: About
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What an embedding reads and writes; `width` and `n_bytes` are None where only the model knows them."""
+
+    out: str
+    rows: int
+    files: int
+    model: str
+    width: int | None
+    kind: str
+    n_bytes: int | None
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        by = f"the model {self.model!r}, which is loaded" if self.model else "hashed n-grams; no model is loaded"
+        size = "as wide as the model makes them"
+        if self.n_bytes is not None:
+            size = f"{self.width} wide, {si_bytes(self.n_bytes)}"
+        return [f"{self.rows:,} rows of {self.files} files by {by}", f"vectors as {self.kind}, {size}, in {self.out}"]
+
+
+def plan(recipe: EmbedRecipe) -> Plan:
+    """What `embed` would do, from the files' metadata. Raises: as `embed`, where it is known by then."""
+    source = Candidates(recipe.pool)
+    out, n = _out(recipe, source), source.count()
+    width = recipe.width if recipe.turns or not recipe.model else None
+    each = None if width is None else 2 * width if recipe.kind == "f16" else width + 4  # a scale for each row
+    return Plan(str(out), n, len(source.files), recipe.model, width, recipe.kind, None if each is None else n * each)
+
+
+def _out(recipe: EmbedRecipe, source: Candidates) -> Path:
+    """Where the vectors go. Raises: BadInput without the column of texts; WrongUse where something else is there."""
+    source.need(recipe.text)
+    out = Path(recipe.out or place(source))
+    if out.exists() and not Sidecar.is_one(str(out)):
+        raise WrongUse(f"{str(out)!r} is there already and holds no vectors; name another place with out=")
+    return out
+
+
 def embed(recipe: EmbedRecipe, say: Say = lambda _: None) -> Embedded:
     """Embed every row's text and write the sidecar `recipe.out` (none: the pool's name and `.emb`).
 
@@ -47,10 +83,7 @@ def embed(recipe: EmbedRecipe, say: Say = lambda _: None) -> Embedded:
     MissingExtra; WrongUse.
     """
     source = Candidates(recipe.pool)
-    source.need(recipe.text)
-    out = Path(recipe.out or place(source))
-    if out.exists() and not Sidecar.is_one(str(out)):
-        raise WrongUse(f"{str(out)!r} is there already and holds no vectors; name another place with out=")
+    out = _out(recipe, source)
     model, made_by = _model(recipe)
     made_by += f", column {recipe.text}" + (", turns by muvera" if recipe.turns else "")
     at = str(Path(recipe.model).resolve()) if recipe.model and Path(recipe.model).exists() else recipe.model
@@ -83,10 +116,7 @@ def alike(beside: Sidecar, device: str = "auto") -> tuple[About, Encode]:
     """
     about = beside.about
     if not about.text:
-        said = _BEFORE.fullmatch(about.made_by)
-        if not said:
-            raise BadInput(f"{str(beside.path)!r} does not say what made its vectors; run plures embed again")
-        about = replace(about, model=said["model"] or "", text=said["text"], turns=bool(said["turns"]))
+        raise BadInput(f"{str(beside.path)!r} does not say what made its vectors; run plures embed again")
     recipe = EmbedRecipe([], text=about.text, model=about.model, width=about.width, turns=about.turns, device=device)
     encode = _encode(recipe, _model(recipe)[0])
 

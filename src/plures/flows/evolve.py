@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from plures.adapt import adapts
+from plures.adapt.lora import Lora
 from plures.choice.elites import Archives, Grid, Scores
 from plures.core.errors import BadInput, WrongUse
 from plures.core.events import Events, Sink
@@ -37,7 +38,7 @@ from plures.store.names import check_name
 from plures.tensors.breed import Frame, crossed, framed, mutated
 from plures.tensors.rng import rng
 from plures.tensors.site import Site
-from plures.tensors.variant import Variant
+from plures.tensors.variant import Variant, plain_lora
 
 Genome = dict[str, Tensor]
 Score = Callable[[Variant], Mapping[str, float]]
@@ -47,12 +48,12 @@ Score = Callable[[Variant], Mapping[str, float]]
 @dataclass(frozen=True)
 class Line:
     """One of those that are compared: what it scores in each task on the rows that were searched on and, where there
-    are such, on rows that were not; `version` where it was published."""
+    are such, on rows that were not; `ref` where it was published."""
 
     who: str
     search: dict[str, float]
     check: dict[str, float]
-    version: str = ""
+    ref: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,14 @@ class Breed:
         for site, frame in self.frames.items():
             B, A = frame.factors(genome[site], self.rank)
             own[site] = {"A": A, "B": B}
-        options = asdict(adapts.make("lora", r=self.rank, alpha=float(self.rank)))
-        return Variant("lora", options, self.base, tuple(self.sites.values()), dict.fromkeys(self.sites, ""), own)
+        return plain_lora(self.base, list(self.sites.values()), own, self.rank)
 
 
 def _factors(lora: Variant, site: str) -> tuple[Tensor, Tensor] | None:
     if site not in lora.own:
         return None
-    method = adapts.make("lora", **lora.options)
-    scale = method.alpha / (method.r**0.5 if method.rslora else method.r)
-    return scale * lora.own[site]["B"].double(), lora.own[site]["A"].double()
+    method: Lora = adapts.make("lora", **lora.options)
+    return method.factors({k: t.double() for k, t in lora.own[site].items()}, {})
 
 
 def evolve(recipe: EvolveRecipe, *, score: Score | None = None, check: Score | None = None,

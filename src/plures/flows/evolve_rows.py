@@ -8,7 +8,7 @@ from plures.adapt._lay import Laid
 from plures.bridges.on_model import attach, take_off
 from plures.bridges.peft import PluresLayer, fill_layers
 from plures.core.errors import WrongUse
-from plures.engine.data import HeldOut, Rows, encode, held_out, read_rows, split_rows
+from plures.engine.data import HeldOut, Rows, encode, read_rows, split_rows
 from plures.engine.model import Base, load_base
 from plures.engine.score import evaluate
 from plures.flows import train as flow
@@ -50,7 +50,7 @@ class ByRows:
 
     def _batches(self, recipe: EvolveRecipe, rows: Rows) -> HeldOut:
         examples = encode(rows, self.base.tokenizer, max_tokens=recipe.max_tokens)
-        return held_out(examples, recipe.batch_rows, recipe.max_tokens, pad_id(self.base))
+        return HeldOut(examples, recipe.batch_rows, recipe.max_tokens, pad_id(self.base))
 
     def search(self, variant: Variant) -> dict[str, float]:
         """Scores on the rows that are searched on."""

@@ -40,6 +40,7 @@ class Run:
         decides = {k: v for k, v in to_dict(recipe).items() if k not in FREE}
         said = json.dumps([decides, list(identities), list(rows), base, torch.__version__], sort_keys=True)
         self.of = hashlib.sha256(said.encode()).hexdigest()
+        self.said = {"name": recipe.name, "of": self.of, "parents": list(identities)}
         default = Path(recipe.fleet) / "runs" / f"evolve-{check_name(recipe.name)}-{self.of[:8]}"
         self.folder = Path(recipe.run) if recipe.run else default
         self.path = self.folder / "state.safetensors"
@@ -48,12 +49,14 @@ class Run:
 
     def save(self, tasks: Sequence[str], done: int, of_base: Scores, archives: Archives, born: Mapping[int, Born],
              genomes: Genomes) -> None:  # fmt: skip
-        """Keep the search so far: one file, whole or as before."""
+        """Keep the search so far: one file, whole or as before. `of.json` says whose parts are in it."""
         said = {"tasks": list(tasks), "done": done, "base": of_base, "least": archives.grid.least,
                 "most": archives.grid.most, "bins": archives.grid.bins,
                 "cells": [[[list(cell), who] for cell, who in cells.items()] for cells in archives.cells],
                 "scores": [[who, s] for who, s in archives.scores.items()],
                 "born": [[who, b.generation, b.roots] for who, b in born.items()]}  # fmt: skip
+        if not (self.folder / "of.json").exists():
+            safe.write_bytes(self.folder / "of.json", (json.dumps(self.said, indent=1) + "\n").encode())
         flat = {f"{who}/{site}": core for who, genome in genomes.items() for site, core in genome.items()}
         safe.write(self.path, flat, {"of": self.of, "state": json.dumps(said)})
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from plures.adapt import adapts
 from plures.core.errors import BadInput, WrongUse
+from plures.core.units import si_bytes
 from plures.engine.model import empty_base, find_sites, locate
 from plures.store import Store, Version
+from plures.store.names import check_name
 from plures.tensors.lowrank import principal
 from plures.tensors.rng import rng
 from plures.tensors.site import Site
-from plures.tensors.variant import BaseRef, Variant
-from plures.tensors.weights import Weights, same
+from plures.tensors.variant import BaseRef, Variant, plain_lora
+from plures.tensors.weights import WIDTH, Weights, same
 
 Rest = Literal["refuse", "keep", "drop"]
 SPARE = 8  # directions more than the rank: they make the randomised SVD as good as the exact one
@@ -36,6 +37,45 @@ class Extracted:
     worst: float
     worst_site: str
     others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction reads, and the largest variant that it can publish: of `others`, parameters without a site,
+    those that were tuned are refused, kept or dropped."""
+
+    name: str
+    tuned: str
+    rank: int
+    sites: int
+    n_bytes: int
+    read_bytes: int
+    others: int
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        return [f"{self.name}: a LoRA of rank {self.rank} at up to {self.sites} sites, {si_bytes(self.n_bytes)}",
+                f"{si_bytes(self.read_bytes)} are read of {self.tuned} and the base; {self.others} parameters have no "
+                "site"]  # fmt: skip
+
+
+def plan(fleet: Path, tuned: str, name: str, *, rank: int = 16) -> Plan:
+    """What `extract` would do, from headers alone. Raises: as `extract`, where it is known by then."""
+    check_name(name)
+    if rank < 1:
+        raise WrongUse(f"rank must be at least 1, got {rank}")
+    with Store.open(fleet) as store:
+        sites, folder = layout(store.base)[0], locate(store.base.name, store.base.revision)
+        with Weights(folder) as before, Weights(locate(tuned)) as after:
+            names = same({store.base.name: before, tuned: after})
+            read = sum(w.entries[n].size * WIDTH[w.entries[n].kind] for w in (before, after) for n in names)
+    there = [s for key, s in sites.items() if key in names]
+    return Plan(name, tuned, rank, len(there), lora_bytes(there, rank), read, len(names) - len(there))
+
+
+def lora_bytes(sites: Iterable[Site], rank: int) -> int:
+    """Bytes of a float32 LoRA of one rank at these sites."""
+    return sum(4 * rank * (s.out + s.into) for s in sites)
 
 
 def extract(fleet: Path, tuned: str, name: str, *, rank: int = 16, iterations: int = 2, rest: Rest = "refuse",
@@ -109,12 +149,11 @@ class Cut:
             one = sorted(self.extra)[0]
             raise WrongUse(f"{what!r} also changed {len(self.extra)} parameters that no adapter has, {one!r} "
                            "among them; say rest=keep to keep them, or rest=drop to leave them out")  # fmt: skip
-        options = asdict(adapts.make("lora", r=self.rank, alpha=float(self.rank)))
         used = tuple(s for s in self.sites.values() if s.name in self.own)
         dropped = sorted(self.extra) if rest == "drop" else []
         more = {"rank": self.rank, "error": self.error, "dropped": dropped}
-        return Variant("lora", options, self.base, used, {s.name: "" for s in used}, self.own, {},
-                       self.extra if rest == "keep" else {}, {**facts, **more})  # fmt: skip
+        extra = self.extra if rest == "keep" else {}
+        return plain_lora(self.base, used, self.own, self.rank, extra, {**facts, **more})
 
     def told(self, version: Version) -> Extracted:
         """What became of it."""

@@ -9,24 +9,28 @@ from typing import Any, Literal
 
 from plures.adapt import adapts
 from plures.bridges.adapter_folder import check_shapes, read_folder, write_folder
-from plures.bridges.on_model import as_lora, attach, capture, merge_into
-from plures.core.errors import BadInput, RecipeErrors, WrongUse, disk, nearest
+from plures.bridges.on_model import as_lora, capture, merge_into
+from plures.core.errors import RecipeErrors, WrongUse, disk, nearest
 from plures.core.events import Sink
 from plures.core.folder import options_of
 from plures.core.recipe import load
 from plures.engine.ask import Prompt, Sampling
-from plures.engine.data import Rows, encode, held_out, read_rows
+from plures.engine.data import HeldOut, Rows, encode, read_rows
 from plures.engine.generate import Completion, Session
 from plures.engine.loop import Score, evaluate
 from plures.engine.model import empty_base, linear_names, load_base, reference
+from plures.engine.rate import Alone
 from plures.engine.together import Together
 from plures.flows.evolve import Evolved, evolve
 from plures.flows.evolve import Score as Scorer
+from plures.flows.handover import named_base
 from plures.flows.pack import Packed, pack
 from plures.flows.recipes import DataPart, EvolveRecipe, LoopPart, PackRecipe, TrainRecipe
 from plures.flows.train import device, on_device, pad_id, train
 from plures.route import make as make_route
 from plures.store import Store, Version
+from plures.store.names import check_name
+from plures.tensors.together import new_folder
 from plures.tensors.variant import Variant
 
 Data = str | Path | Iterable[Mapping[str, Any]]
@@ -36,8 +40,9 @@ Form = Literal["peft", "lora", "merged"]
 class Fleet:
     """A base and all its variants, in one folder.
 
-    `Fleet(path)` opens one; `Fleet(path, base="org/model")` begins one where there is none. The base is loaded when
-    text is first asked for, once, and shared by all variants of this object.
+    `Fleet(path)` opens one; `Fleet(path, base="org/model")` begins one where there is none, and says where the base
+    is where it was moved. The base is loaded when text is first asked for, once, and shared by all variants of this
+    object.
 
     Raises: BadInput where `path` is no fleet and no base is named, or where it is the fleet of another base.
     """
@@ -47,9 +52,12 @@ class Fleet:
         if base is not None and not (self.path / "fleet.db").exists():
             Store.create(self.path, reference(base, revision)).close()
         self.store = Store.open(self.path)
-        if base is not None and reference(base, revision).hash != self.store.base.hash:
-            self.store.close()
-            raise BadInput(f"{str(path)!r} is a fleet of {self.store.base.name!r}, not of {base!r}")
+        if base is not None:
+            try:
+                self.store.move_base(reference(base, revision))
+            except BaseException:
+                self.store.close()
+                raise
         self._session: Session | None = None
 
     def close(self) -> None:
@@ -129,11 +137,24 @@ class Fleet:
 
     def bring_in(self, folder: str | Path, name: str, *, aliases: Sequence[str] = ()) -> FleetVariant:
         """Import an adapter folder (a PEFT LoRA, or one of ours) as the next version of `name`."""
+        return self.bring_in_all({name: folder}, aliases=aliases)[0]
+
+    def bring_in_all(self, folders: Mapping[str, str | Path], *, aliases: Sequence[str] = ()) -> list[FleetVariant]:
+        """Import adapter folders by the names that they get; each is read and checked before the first is published."""
         base = empty_base(self.store.base)
-        whole = {k: tuple(t.shape) for k, t in base.state_dict().items()}
-        variant = read_folder(Path(folder), self.store.base, linear_names(base), whole)
-        variant = variant.with_provenance(imported_from=str(folder), **_counted(variant))
-        return FleetVariant(self, self.store.publish(variant, name, aliases=aliases))
+        whole, sites = {k: tuple(t.shape) for k, t in base.state_dict().items()}, linear_names(base)
+
+        def read(folder: Path) -> Variant:
+            variant, named = read_folder(folder, self.store.base, sites, whole), named_base(folder)
+            facts = _counted(variant) | ({"named_base": named} if named else {})
+            return variant.with_provenance(imported_from=str(folder), **facts)
+
+        for name in (*folders, *aliases) if len(folders) > 1 else ():
+            check_name(name)
+            if name in folders:
+                read(Path(folders[name]))
+        return [FleetVariant(self, self.store.publish(read(Path(folder)), name, aliases=aliases))
+                for name, folder in folders.items()]  # fmt: skip
 
     def pack(self, out: str | Path = "", **settings: Any) -> Packed:
         """Put the variants in fewer bytes into another fleet (beside this one where `out` is not said).
@@ -164,16 +185,19 @@ class Fleet:
 
     def score(self, ref: str | None, data: Data, *, columns: Mapping[str, str] | None = None, max_tokens: int = 512,
               batch_rows: int = 8) -> Score:  # fmt: skip
-        """The held-out loss of a variant (None: the base) on rows; a variant's is recorded in the store."""
+        """The held-out loss of a variant (None: the base) on rows; a variant's is kept where the fleet is writable."""
         asked = None if ref is None else self[ref]  # an unknown name is told before anything is read
         rows = read_rows(data, columns=columns)
-        base = load_base(self.store.base, device=device("auto"))
+        session = self.session()
+        base = session.base
         examples = encode(rows, base.tokenizer, max_tokens=max_tokens)
-        model = base.model if asked is None else attach(base.model, asked.load(), "v000000")
+        slot = session.slot(None) if asked is None else asked.slot()
+        session.make_room([slot])
+        model = Alone(session, slot).eval()
         n_bytes = sum(e.n_bytes for e in examples)
-        batches = held_out(examples, batch_rows, max_tokens, pad_id(base))
+        batches = HeldOut(examples, batch_rows, max_tokens, pad_id(base))
         got = evaluate(model, lambda: on_device(batches, base.model.device), n_bytes)
-        if asked is not None:
+        if asked is not None and self.store.writable:
             for metric in ("nats_per_token", "bits_per_byte", "perplexity"):
                 self.store.score(asked.version.ref, _label(data, rows), metric, getattr(got, metric))
         return got
@@ -220,12 +244,11 @@ class FleetVariant:
             variant = self.load()
             write_folder(as_lora(variant) if as_ == "lora" else variant, folder, name=self.version.ref)
             return folder
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise WrongUse(f"{str(folder)!r} exists and is not empty; name a new folder")
-        base = load_base(self.fleet.store.base)
-        with disk(folder):
-            merge_into(base.model, self.load()).save_pretrained(folder)
-            base.tokenizer.save_pretrained(folder)
+        with new_folder(folder) as part:
+            base = load_base(self.fleet.store.base)
+            with disk(folder):
+                merge_into(base.model, self.load()).save_pretrained(part)
+                base.tokenizer.save_pretrained(part)
         return folder
 
 
@@ -244,7 +267,7 @@ class FleetTogether:
         """Held-out loss of what they predict together. It is recorded nowhere: it is no one version's."""
         base = self.fleet.session().base
         examples = encode(read_rows(data, columns=columns), base.tokenizer, max_tokens=max_tokens)
-        batches = held_out(examples, batch_rows, max_tokens, pad_id(base))
+        batches = HeldOut(examples, batch_rows, max_tokens, pad_id(base))
         return evaluate(self.model, lambda: on_device(batches, base.model.device), batches.n_bytes)
 
     def posterior(self, prompts: Sequence[Prompt], prior: Sequence[float] = (),

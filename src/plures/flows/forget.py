@@ -20,7 +20,6 @@ from plures.core.events import Sink
 from plures.core.recipe import load
 from plures.engine.data import Rows, read_rows
 from plures.engine.packed import FOLDER, path_of
-from plures.engine.row_weights import NONE
 from plures.flows.desk import Desk
 from plures.flows.recipes import TrainRecipe
 from plures.flows.shards import Job, Seen, job, marks, run_all, shards_of
@@ -160,8 +159,7 @@ def _without(fleet: Path, known: _Fleet, version: Version, lost: frozenset[str],
     Raises: BadInput where the files do not hold the rows that it saw and keeps, in the order of each shard.
     """
     seen, said = known.seen[version.ref], known.facts[version.ref]["recipe"]
-    said = {**said, "fleet": str(fleet), "data": {"weight": NONE, **said["data"]}}  # older ones weighed nothing
-    recipe = load(TrainRecipe, said, where=f"the recipe of {version.ref}")
+    recipe = load(TrainRecipe, {**said, "fleet": str(fleet)}, where=f"the recipe of {version.ref}")
     data = recipe.data
     rows, held = read(recipe, source, None, share=False)
     of = [str(shard) for shard in shards_of(rows, seen.count, seen.key)]
@@ -188,7 +186,7 @@ def _drop_runs(fleet: Path, known: _Fleet, gone: Collection[Version], ready: Col
     """Delete the run folders that versions to be removed may have left: their tensors saw the rows.
 
     All runs of their names go, but for those of versions that stay, and those of the jobs, from a call cut short; and
-    so does every run that started from one of them.
+    so does every run that started from one of them, and every search among mixtures of them.
     Raises: StoreBusy while another process trains in one of them.
     """
     names, was = {v.name for v in gone}, {(v.name, known.facts[v.ref].get("data")) for v in gone}
@@ -198,7 +196,8 @@ def _drop_runs(fleet: Path, known: _Fleet, gone: Collection[Version], ready: Col
     for path in sorted((fleet / "runs").glob("*/of.json")):
         with disk(path, "read"):
             of = json.loads(path.read_text(encoding="utf-8"))
-        mine = of.get("name") in names and (of["name"], of.get("rows")) not in stay
-        if mine or of.get("started_from") in ids:
+        parents = of.get("parents")  # of a search among mixtures, which has no rows
+        mine = parents is None and of.get("name") in names and (of["name"], of.get("rows")) not in stay
+        if mine or ids.intersection([of.get("started_from"), *(parents or ())]):
             with held_run(path.parent), disk(path.parent):
                 shutil.rmtree(path.parent)

@@ -38,6 +38,7 @@ TOKENIZER = ("generation_config.json", "chat_template.jinja", "chat_template.jso
 WORDS = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "vocab.txt")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 NO_MEANING = ("int8_mask",)  # parameters of mergekit that save memory there
+OFF = ("filter_wise", "nuslerp_row_wise")  # ways of mergekit that are not there: only false may be said of them
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def jobs(recipe: Recipe, sources: Mapping[str, Source], seed: int, words: Tokens
     out = []
     for name, models, more, t, of_base in made:
         method, of_model = _said(recipe, kind, name, t, [m for m, _ in models], more)
+        least, most = kind.takes
+        if not least <= len(models) <= most:
+            number = f"{least} models" if least == most > 1 else "one model" if most == 1 else f"{least} models or more"
+            beside = " besides the base" if kind.base else ""
+            raise WrongUse(f"{recipe.method} takes {number}{beside}, and '{len(models)}' are given for {name!r}")
         base, below = recipe.base, None
         if kind.base and base is not None:
             below = _read(sources, words, base.name, of_base)
@@ -147,6 +153,15 @@ def _in_order(recipe: Recipe, models: list[tuple[Model, str]]) -> list[tuple[Mod
     return models
 
 
+def _layer(model: Model, sources: Mapping[str, Source], layer: int) -> dict[str, str]:
+    """The tensors of a layer of a model, by what stands behind its number. Raises: WrongUse where there is none."""
+    names = sources[model.name].weights.names
+    found = {merge_recipe.behind(n): n for n in names if merge_recipe.layer_of(n) == layer}
+    if not found:
+        raise WrongUse(f"{model.name!r} has no layer {layer}")
+    return found
+
+
 def _sliced(recipe: Recipe, sources: Mapping[str, Source], free: frozenset[str]) -> list[Origin]:
     """Layers from slices, one behind the other; what is before them of the first slice's models, what is behind of the
     last one's."""
@@ -155,19 +170,19 @@ def _sliced(recipe: Recipe, sources: Mapping[str, Source], free: frozenset[str])
     for piece in recipe.slices:
         begin, end = piece.sources[0].layers or (0, 0)
         for r in range(end - begin):
-            lists = []
-            for model in piece.sources:
-                assert model.layers is not None
-                layer = model.layers[0] + r
-                there = [n for n in sources[model.name].weights.names if merge_recipe.layer_of(n) == layer]
-                if not there:
-                    raise WrongUse(f"{model.name!r} has no layer {layer}")
-                lists.append([(model, n) for n in there])
-            for group in zip(*lists, strict=True):
+            lists = [_layer(m, sources, m.layers[0] + r) for m in piece.sources if m.layers]
+            for model, there in zip(piece.sources[1:], lists[1:], strict=True):
+                if lost := sorted(set(lists[0]) ^ set(there)):
+                    has, lacks = (piece.sources[0], model) if lost[0] in lists[0] else (model, piece.sources[0])
+                    raise BadInput(f"{lost[0]!r} is in layer {r + (has.layers or (0,))[0]} of {has.name!r} and not in "
+                                   f"layer {r + (lacks.layers or (0,))[0]} of {lacks.name!r}: the sources of a slice "
+                                   "have layers of one kind; name others")  # fmt: skip
+            for tail in lists[0]:
+                group = [(m, there[tail]) for m, there in zip(piece.sources, lists, strict=True)]
                 t = r / (end - begin - 1) if end - begin > 1 else 1.0
                 of_base = next((n for m, n in group if m.name == base), group[0][1])
                 name = merge_recipe.moved(group[0][1], at)
-                made.append(Origin(name, _in_order(recipe, list(group)), piece.parameters, t, of_base))
+                made.append(Origin(name, _in_order(recipe, group), piece.parameters, t, of_base))
             at += 1
     for piece, begins in ((recipe.slices[0], True), (recipe.slices[-1], False)):
         first = sources[piece.sources[0].name].weights
@@ -190,7 +205,8 @@ def _said(recipe: Recipe, kind: Any, name: str, t: float, models: list[Model],
     for where, said in (("parameters", recipe.parameters), ("a slice's parameters", more),
                         *((f"parameters of {m.name}", m.parameters) for m in models)):  # fmt: skip
         for key in said:
-            if key not in known and key not in kind.of_model and key not in NO_MEANING:
+            off = key in OFF and said[key] is False
+            if key not in known and key not in kind.of_model and key not in NO_MEANING and not off:
                 names = [*known, *kind.of_model]
                 raise WrongUse(f"{where}: {recipe.method} has no parameter {key!r}.{nearest(key, names)} There are: "
                                f"{', '.join(names) or 'none'}")  # fmt: skip

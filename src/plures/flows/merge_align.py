@@ -66,9 +66,7 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> Heads:
         config = source.text("config.json")
         if (kind := config.get("model_type")) not in FAMILIES:
             raise WrongUse(f"align: permutation knows models of type {', '.join(FAMILIES)}; {name!r} is {kind!r}")
-        queries = int(config["num_attention_heads"])
-        width = config.get("head_dim") or config["hidden_size"] // queries
-        told[name] = Heads(queries, int(config.get("num_key_value_heads") or queries), int(width))
+        told[name] = _heads(name, config)
     (first, heads), *others = told.items()
     if odd := next((name for name, h in others if h != heads), None):
         raise WrongUse(f"align: {first!r} has {heads.queries} heads of {heads.width} with {heads.keys} for keys, and "
@@ -81,6 +79,21 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> Heads:
                 raise BadInput(f"align: {at + tail!r} is of a part that is permuted, and it is not known how")
         if lost := sorted({k for k in known if k.endswith("weight")} - set(names)):
             raise BadInput(f"align: {at + lost[0]!r} is not there; layers of Llama's shape are needed")
+    return heads
+
+
+def _heads(name: str, config: Mapping[str, Any]) -> Heads:
+    """What a configuration says of heads. Raises: BadInput."""
+    try:
+        queries = int(config["num_attention_heads"])
+        width = int(config.get("head_dim") or config["hidden_size"] // queries)
+        heads = Heads(queries, int(config.get("num_key_value_heads") or queries), width)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise BadInput(f"align: the configuration of {name!r} does not say its heads ({type(error).__name__}: {error})"
+                       "; fetch it again") from error  # fmt: skip
+    if min(heads.queries, heads.keys, heads.width) < 1 or heads.queries % heads.keys:
+        raise BadInput(f"align: the configuration of {name!r} says {heads.queries} heads of {heads.width} with "
+                       f"{heads.keys} for keys; fetch it again")  # fmt: skip
     return heads
 
 

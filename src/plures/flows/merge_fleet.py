@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from plures.core.errors import BadInput, WrongUse
+from plures.core.units import si_bytes
 from plures.engine import merging
 from plures.engine.merging import Job
 from plures.engine.model import locate
-from plures.flows.extract import Cut, Extracted, Rest
+from plures.flows import merge
+from plures.flows.extract import Cut, Extracted, Rest, layout, lora_bytes
 from plures.flows.merge import jobs
 from plures.flows.merge_recipe import Recipe
 from plures.flows.merge_sources import Source, opened
@@ -43,19 +45,9 @@ def publish(recipe: Recipe, fleet: Path, name: str, *, rank: int = 0, rest: Rest
     Raises: WrongUse for a rank below 0, or 0 where no source has one, and other changes where they are refused;
         BadInput for models of another shape than the fleet's base; as `merge`.
     """
-    if rank < 0:
-        raise WrongUse(f"rank must be at least 0, got {rank}")
-    if recipe.align:
-        raise WrongUse("align permutes units, which a fleet's base and its variants have in one order; leave it out, "
-                       "or merge to a folder")  # fmt: skip
-    by_point = points(recipe)
-    names = {point: check_name(f"{name}-{point}" if point else name) for point in by_point}
+    by_point, names = _points(recipe, name, rank)
     with Store.open(fleet) as store, opened(recipe) as sources:
-        if tokens(recipe, sources) is not None:
-            raise WrongUse("the recipe makes a vocabulary of its own, which a variant cannot have; merge to a folder, "
-                           "and begin a fleet on it with plures init")  # fmt: skip
-        made = [jobs(r, sources, seed) for r in by_point.values()]
-        rank = rank or _rank(sources)
+        made, rank = _jobs(recipe, sources, rank, seed)
         cuts = [Cut(store.base, rank) for _ in by_point]
         with Weights(locate(store.base.name, store.base.revision)) as before:
             _same_shape(made[0], before, store.base.name)
@@ -68,6 +60,59 @@ def publish(recipe: Recipe, fleet: Path, name: str, *, rank: int = 0, rest: Rest
             done.append(cut.variant(names[point], rest, facts))
         return [cut.told(store.publish(variant, called, aliases=aliases, parents=mine))
                 for cut, variant, called in zip(cuts, done, names.values(), strict=True)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What publishing a merge comes to: the method, its sources, the names, and of each variant at most its sites and
+    bytes; `read_bytes` are read of the models."""
+
+    names: tuple[str, ...]
+    method: str
+    sources: tuple[str, ...]
+    rank: int
+    sites: int
+    n_bytes: int
+    read_bytes: int
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        each = " each" if len(self.names) > 1 else ""
+        return [f"{', '.join(self.names)}: {self.method} of {', '.join(self.sources)}",
+                f"a LoRA of rank {self.rank} at up to {self.sites} sites, {si_bytes(self.n_bytes)}{each}; "
+                f"{si_bytes(self.read_bytes)} are read"]  # fmt: skip
+
+
+def plan(recipe: Recipe, fleet: Path, name: str, *, rank: int = 0, seed: int = 0) -> Plan:
+    """What `publish` would do, from headers and variants' factors; nothing is written. Raises: as `publish`, where it
+    is known by then."""
+    names = _points(recipe, name, rank)[1]
+    with Store.open(fleet) as store, opened(recipe) as sources:
+        made, rank = _jobs(recipe, sources, rank, seed)
+        with Weights(locate(store.base.name, store.base.revision)) as before:
+            _same_shape(made[0], before, store.base.name)
+        sites = [s for key, s in layout(store.base)[0].items() if key in {j.name for j in made[0]}]
+    return Plan(tuple(names.values()), recipe.method, tuple(sources), rank, len(sites), lora_bytes(sites, rank),
+                merge.plan(recipe, seed).read_bytes)  # fmt: skip
+
+
+def _points(recipe: Recipe, name: str, rank: int) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """The recipe of each point, and what its variant is called. Raises: WrongUse for what cannot be published."""
+    if rank < 0:
+        raise WrongUse(f"rank must be at least 0, got {rank}")
+    if recipe.align:
+        raise WrongUse("align permutes units, which a fleet's base and its variants have in one order; leave it out, "
+                       "or merge to a folder")  # fmt: skip
+    by_point = points(recipe)
+    return by_point, {point: check_name(f"{name}-{point}" if point else name) for point in by_point}
+
+
+def _jobs(recipe: Recipe, sources: Mapping[str, Source], rank: int, seed: int) -> tuple[list[list[Job]], int]:
+    """The work for each point, and the rank of what it makes. Raises: WrongUse for a vocabulary of its own."""
+    if tokens(recipe, sources) is not None:
+        raise WrongUse("the recipe makes a vocabulary of its own, which a variant cannot have; merge to a folder, "
+                       "and begin a fleet on it with plures init")  # fmt: skip
+    return [jobs(r, sources, seed) for r in points(recipe).values()], rank or _rank(sources)
 
 
 def _rank(sources: Mapping[str, Source]) -> int:

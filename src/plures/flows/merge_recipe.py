@@ -17,6 +17,7 @@ _TOP = ("merge_method", "models", "slices", "base_model", "parameters", "dtype",
         "tokenizer", "chat_template", "name", "sweep", "align")  # fmt: skip
 FLEET = "::"
 """Between a fleet's folder and a variant of it: `acme.fleet::support@3`."""
+MOST_PARTS, DEEPEST = 100_000, 50  # of a recipe's YAML, what an alias stands for counted each time
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
 
 
@@ -89,12 +90,31 @@ class Recipe:
 def load(path: Path) -> Recipe:
     """The recipe in a YAML file. Raises: BadInput where it cannot be read, WrongUse for what it may not say."""
     with disk(path, "read"):
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     try:
-        said = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        text = raw.decode()
+        said = yaml.safe_load(text) if _parts(yaml.compose(text, yaml.SafeLoader)) <= MOST_PARTS else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a number of 5,000 digits
         raise BadInput(f"{str(path)!r} is no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(said, dict):
+        raise BadInput(f"{str(path)!r} is no recipe: it must be a mapping of keys to values, of {MOST_PARTS} at most")
     return parse(said)
+
+
+def _parts(node: Any, deep: int = 0, left: int = MOST_PARTS) -> int:
+    """How many parts a YAML node has, its aliases written out; where they are more than `left`, more than that.
+
+    Raises: ValueError where it is too deep, as an alias to what it stands in is.
+    """
+    if deep > DEEPEST:
+        raise ValueError(f"it is nested deeper than {DEEPEST}, or an alias stands in itself")
+    n, value = 1, getattr(node, "value", "")
+    inner = [part for pair in value for part in pair] if isinstance(node, yaml.MappingNode) else value
+    for part in inner if isinstance(inner, list) else ():
+        n += _parts(part, deep + 1, left - n)
+        if n > left:
+            break
+    return n
 
 
 def parse(said: Any) -> Recipe:
@@ -104,8 +124,8 @@ def parse(said: Any) -> Recipe:
         raise WrongUse("the recipe has no merge_method; say which, e.g. merge_method: ties")
     if ("models" in said) == ("slices" in said):
         raise WrongUse("the recipe has either models or slices, one of them")
-    models = tuple(_model(m, "models") for m in _list(said.get("models", []), "models"))
-    slices = tuple(_slice(s) for s in _list(said.get("slices", []), "slices"))
+    models = tuple(_model(m, "models") for m in _list(said["models"], "models")) if "models" in said else ()
+    slices = tuple(_slice(s) for s in _list(said["slices"], "slices")) if "slices" in said else ()
     if "tokenizer" in said and "tokenizer_source" in said:
         raise WrongUse("tokenizer and tokenizer_source say the same: give one of them")
     kind = said.get("out_dtype") or said.get("dtype") or ""
@@ -115,7 +135,7 @@ def parse(said: Any) -> Recipe:
     if (align := said.get("align") or "") not in ("", "permutation"):
         raise WrongUse(f"align {align!r} is not 'permutation'; leave it out to merge the models as they are")
     base = _reference(said["base_model"], "base_model") if said.get("base_model") else None
-    return Recipe(str(said["merge_method"]), models, slices, base, dict(said.get("parameters") or {}), kind,
+    return Recipe(str(said["merge_method"]), models, slices, base, _mapping(said.get("parameters"), "the recipe"), kind,
                   _tokenizer(said), _sweep(said.get("sweep")), align, _chat(said.get("chat_template")))  # fmt: skip
 
 
@@ -124,8 +144,8 @@ def _chat(said: Any) -> str:
     if said is None or said == "auto":
         return ""
     if not isinstance(said, str) or not ("{{" in said or "{%" in said):
-        raise WrongUse(f"chat_template is {said!r}; auto (that of the model whose tokens the result has) or a Jinja "
-                       "template is meant")  # fmt: skip
+        raise WrongUse(f"chat_template is {said!r}; auto (that of the model whose tokens the result has) or the text "
+                       "of a Jinja template is meant: mergekit's names for templates are not known here")  # fmt: skip
     return said
 
 
@@ -205,9 +225,16 @@ def _keys(said: Any, known: Sequence[str], where: str) -> None:
 
 
 def _list(said: Any, where: str) -> list[Any]:
-    if not isinstance(said, list) or (where != "models" and where != "slices" and not said):
-        raise WrongUse(f"{where} is a list of at least one")
+    if not isinstance(said, list) or not said:
+        raise WrongUse(f"{where} is {said!r}; a list of at least one is meant")
     return said
+
+
+def _mapping(said: Any, where: str) -> dict[str, Any]:
+    """Parameters by name; none where nothing is said."""
+    if said is not None and not isinstance(said, dict):
+        raise WrongUse(f"parameters of {where} is {said!r}; names with values are meant, like weight: 0.5")
+    return dict(said or {})
 
 
 def _reference(said: Any, where: str, **more: Any) -> Model:
@@ -217,16 +244,23 @@ def _reference(said: Any, where: str, **more: Any) -> Model:
         path, lora = said.get("model"), said.get("lora")
         path = path.get("path") if isinstance(path, dict) else path
         lora = lora.get("path") if isinstance(lora, dict) else lora
-        return Model(str(path), str(lora or ""), **more)
-    path, _, lora = str(said).partition("+")
+        return Model(_path(path, where), str(lora or ""), **more)
+    path, _, lora = _path(said, where).partition("+")
     return Model(path, lora, **more)
+
+
+def _path(said: Any, where: str) -> str:
+    if not said or isinstance(said, bool | list | dict):
+        raise WrongUse(f"{where} names no model, but '{said}'; give its folder or hub id")
+    return str(said)
 
 
 def _model(said: Any, where: str) -> Model:
     _keys(said, ("model", "parameters"), f"an entry of {where}")
     if "model" not in said:
         raise WrongUse(f"an entry of {where} names no model")
-    return _reference(said["model"], where, parameters=dict(said.get("parameters") or {}))
+    entry = f"an entry of {where}"
+    return _reference(said["model"], entry, parameters=_mapping(said.get("parameters"), entry))
 
 
 def _slice(said: Any) -> Slice:
@@ -238,17 +272,24 @@ def _slice(said: Any) -> Slice:
         if not (isinstance(layers, list) and len(layers) == 2 and all(isinstance(v, int) for v in layers)
                 and 0 <= layers[0] < layers[1]):  # fmt: skip
             raise WrongUse(f"layer_range {layers!r} is no pair of a first layer and one behind the last, like [0, 16]")
-        sources.append(_reference(source.get("model"), "a source", parameters=dict(source.get("parameters") or {}),
-                                  layers=(layers[0], layers[1])))  # fmt: skip
+        sources.append(_reference(source.get("model"), "a source", layers=(layers[0], layers[1]),
+                                  parameters=_mapping(source.get("parameters"), "a source")))  # fmt: skip
     if len({b - a for a, b in (s.layers for s in sources if s.layers)}) != 1:
         raise WrongUse("the sources of a slice have layer_ranges of one length")
-    return Slice(tuple(sources), dict(said.get("parameters") or {}))
+    return Slice(tuple(sources), _mapping(said.get("parameters"), "an entry of slices"))
 
 
 def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor is of."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def behind(name: str) -> str:
+    """What stands behind the layer's number in a tensor's name."""
+    found = _LAYER.search(name)
+    assert found is not None
+    return name[found.end(1) :].removeprefix(".")
 
 
 def moved(name: str, layer: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from plures.core.errors import BadInput, disk
+from plures.core.units import lora_scale
 from plures.flows.merge_recipe import FLEET, Model, Recipe
 from plures.tensors.rebasin import read_turned
 from plures.tensors.weights import Weights
 
 Array = np.ndarray[Any, Any]
+_NAME = re.compile(r"[\w.]+")  # of PEFT's patterns those that are names, or ends of names
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,33 @@ class Lora:
         out += rows[start - first * width : start - first * width + len(out)].astype(np.float32)
 
 
+def _lora_config(path: Path) -> dict[str, Any]:
+    """An adapter's configuration. Raises: BadInput where it cannot be read, or says no rank or alpha of a LoRA."""
+    with disk(path, "read"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config: dict[str, Any] = json.loads(text)
+        bad = [k for k in ("r", "lora_alpha") if not isinstance(config.get(k), int | float) or not config[k] > 0]
+        bad += [k for k in ("rank_pattern", "alpha_pattern") if not isinstance(config.get(k) or {}, dict)]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{str(path)!r} is damaged: it is no JSON of an adapter; fetch it again") from error
+    if bad and config.get("peft_type") == "LORA":
+        raise BadInput(f"{str(path)!r} is damaged: its {bad[0]} is '{config.get(bad[0])}'; fetch it again")
+    return config
+
+
 def read_lora(path: str) -> Lora:
     """The LoRA of an adapter folder. Raises: BadInput for what is no plain LoRA."""
     at = Path(path)
-    with disk(at / "adapter_config.json", "read"):
-        config = json.loads((at / "adapter_config.json").read_text(encoding="utf-8"))
-    odd = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices",
-                       "fan_in_fan_out") if config.get(k)]  # fmt: skip
+    config = _lora_config(at / "adapter_config.json")
+    odd = [k for k in ("use_dora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out") if config.get(k)]
+    odd += [k for k in ("rank_pattern", "alpha_pattern") if not all(map(_NAME.fullmatch, config.get(k) or {}))]
     if config.get("peft_type") != "LORA" or odd:
         what = ", ".join(odd) or config.get("peft_type")
-        raise BadInput(f"{path!r} is no plain LoRA ({what}); merge it into its base first with plures export")
-    rank, factors = config["r"], dict[str, tuple[Array, Array]]()
+        raise BadInput(f"{path!r} is no plain LoRA ({what}); merge it into its base first with PEFT's merge_and_unload")
+    factors, rs = dict[str, tuple[Array, Array]](), bool(config.get("use_rslora"))
+    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    scale = lora_scale(config["lora_alpha"], config["r"], rs)
     with Weights(at / "adapter_model.safetensors") as held:
         sides: dict[str, dict[str, Array]] = {}
         for name, entry in held.entries.items():
@@ -59,8 +78,11 @@ def read_lora(path: str) -> Lora:
     for name, both in sides.items():
         if set(both) != {"A", "B"}:
             raise BadInput(f"{path!r}: {name!r} lacks one of its factors")
-        factors[name] = both["B"], both["A"]
-    return Lora(config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank), factors)
+        site = f".{name.removesuffix('.weight')}"
+        alpha = next((v for k, v in alphas.items() if site.endswith(f".{k}")), config["lora_alpha"])
+        its = lora_scale(alpha, len(both["A"]), rs)
+        factors[name] = both["B"] if its == scale else both["B"] * np.float32(its / scale), both["A"]
+    return Lora(scale, factors)
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ def of_fleet(fleet: str, ref: str) -> Fleets:
             raise BadInput(f"{version.ref!r} adapts {site.name!r}, which its base has not")
         B, A = own["B"].float().numpy(), own["A"].float().numpy()
         factors[key] = (np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)) if key in turned else (B, A)
-    scale = float(options["alpha"]) / (options["r"] ** 0.5 if options.get("rslora") else options["r"])
+    scale = lora_scale(float(options["alpha"]), options["r"], bool(options.get("rslora")))
     extra = {k: t.float().numpy().reshape(-1) for k, t in variant.extra.items()}
     return Fleets(folder, version.ref, Lora(scale, factors), extra)
 
@@ -166,8 +188,10 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     try:
         said: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{str(path)!r} is no JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise BadInput(f"{str(path)!r} is damaged: it holds no keys with values; fetch it again")
     return said
 
 

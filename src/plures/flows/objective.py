@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plures.core.errors import BadInput, WrongUse
-from plures.engine.data import Batches, Example, Rows, encode, held_out
+from plures.engine.data import Batches, Example, HeldOut, Rows, encode
 from plures.engine.loop import BatchSource
 from plures.engine.model import Base
 from plures.engine.pairs import PairBatches, check_shared, encode_pairs, log_probs
@@ -103,7 +103,7 @@ class Texts:
         n_bytes, recipe = sum(e.n_bytes for e in examples), self.recipe
 
         def score() -> Score:
-            batches = held_out(examples, recipe.train.batch_rows, recipe.data.max_tokens, pad_id(self.base))
+            batches = HeldOut(examples, recipe.train.batch_rows, recipe.data.max_tokens, pad_id(self.base))
             return evaluate(model, lambda: on_device(batches, self.base.model.device), n_bytes, recipe.train.autocast)
 
         return score

@@ -26,7 +26,8 @@ from plures.tensors.variant import Variant
 
 Say = Callable[[str], None]
 DRIFT = 1.2  # times as many bits as variants took that the pack was fitted to
-FINER = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the error that was asked for, where the score falls short
+FINER = (0.7, 0.5, 0.35, 0.25)  # of the error that was asked for, where the score falls short
+LAST: tuple[str, dict[str, Any]] = ("rtn", {"bits": 8})  # what a variant is packed by where nothing else will do
 COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("rtn", {"bits": 8}), "int4": ("rtn", {"bits": 4}), "svd": ("svd", {}),
 }  # fmt: skip
@@ -106,6 +107,27 @@ class Packed:
         return out
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What there is to pack: variants, how many of them are low-rank, their sites, numbers and bytes as they are."""
+
+    out: str
+    method: str
+    variants: int
+    low_rank: int
+    sites: int
+    numbers: int
+    n_bytes: int
+    int8_bytes: int
+    int4_bytes: int
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        return [f"{self.variants} variants, {self.low_rank} of them low-rank, at {self.sites} sites",
+                f"{self.numbers:,} numbers in {si_bytes(self.n_bytes)}; int8 would take {si_bytes(self.int8_bytes)}, "
+                f"int4 {si_bytes(self.int4_bytes)}", f"by {self.method} into {self.out}"]  # fmt: skip
+
+
 def pack(recipe: PackRecipe, say: Say = lambda _: None) -> Packed:
     """Pack a fleet's variants into another fleet, which is made where it is not there.
 
@@ -116,18 +138,14 @@ def pack(recipe: PackRecipe, say: Say = lambda _: None) -> Packed:
         pack that is there; what the packer and the store raise.
     """
     name, options = recipe.method()
-    packer: Packer = packs.make(name, **options)
-    out = Path(recipe.out or _beside(recipe.fleet))
-    if out.resolve() == Path(recipe.fleet).resolve():
-        raise WrongUse(f"{str(out)!r} cannot be packed into itself; name another fleet as out")
+    packer, out = _checked(recipe)
     with Store.open(recipe.fleet) as source:
-        chosen = [source.resolve(ref) for ref in recipe.variants] or source.versions()
-        if not chosen:
-            raise WrongUse(f"{recipe.fleet!r} has no variants to pack; train or import some first")
+        chosen = _chosen(recipe, source)
         with _open(out, source) as into:
             found, had = _shared(into, name, options) if not recipe.refit else (None, [])
-            there = {v.parents[0] for v in into.versions(all=True) if v.parents} if not recipe.refit else set()
-            new = [v for v in chosen if v.identity not in there]
+            packed = into.versions(all=True) if not recipe.refit else []
+            there = {(v.name, v.parents[0]) for v in packed if v.parents}
+            new = [v for v in chosen if (v.name, v.identity) not in there]
             if not new:
                 return Packed(str(out), (), len(chosen), 0, None, ())
             work = _Work(source, new, recipe.held_out)
@@ -142,15 +160,33 @@ def pack(recipe: PackRecipe, say: Say = lambda _: None) -> Packed:
     return Packed(str(out), tuple(lines), len(chosen) - len(new), n_shared, drift, compared)
 
 
-def plan(recipe: PackRecipe) -> list[str]:
-    """What there is to pack, as people read it; nothing is written."""
+def plan(recipe: PackRecipe) -> Plan:
+    """What there is to pack; nothing is written. Raises: as `pack`, where it is known by then."""
+    out = _checked(recipe)[1]
     with Store.open(recipe.fleet) as source:
-        chosen = [source.resolve(ref) for ref in recipe.variants] or source.versions()
+        chosen = _chosen(recipe, source)
         work = _Work(source, chosen, "")
-    numbers = sum(work.numbers.values())
-    return [f"{len(chosen)} variants, {len(work.coded)} of them low-rank, at {len(work.sites)} sites",
-            f"{numbers:,} numbers in {si_bytes(sum(v.n_bytes for v in chosen))}; int8 would take {si_bytes(numbers)}, "
-            f"int4 {si_bytes(numbers / 2)}", f"into {recipe.out or _beside(recipe.fleet)}"]  # fmt: skip
+    numbers, n_bytes = sum(work.numbers.values()), sum(v.n_bytes for v in chosen)
+    return Plan(str(out), recipe.method()[0], len(chosen), len(work.coded), len(work.sites), numbers, n_bytes, numbers,
+                (numbers + 1) // 2)  # fmt: skip
+
+
+def _checked(recipe: PackRecipe) -> tuple[Packer, Path]:
+    """The packer, and the fleet that variants go to. Raises: WrongUse for options, or one packed into itself."""
+    name, options = recipe.method()
+    out = Path(recipe.out or _beside(recipe.fleet))
+    packer: Packer = packs.make(name, **options)
+    if out.resolve() == Path(recipe.fleet).resolve():
+        raise WrongUse(f"{str(out)!r} cannot be packed into itself; name another fleet as out")
+    return packer, out
+
+
+def _chosen(recipe: PackRecipe, source: Store) -> list[Version]:
+    """The versions that are packed. Raises: WrongUse where there are none."""
+    chosen = [source.resolve(ref) for ref in recipe.variants] or source.versions()
+    if not chosen:
+        raise WrongUse(f"{recipe.fleet!r} has no variants to pack; train or import some first")
+    return chosen
 
 
 def _beside(fleet: str) -> str:
@@ -192,8 +228,8 @@ def _shared(into: Store, name: str, options: Mapping[str, Any]) -> tuple[_Shared
     Raises: WrongUse where they were packed by another method, or by options that decoding depends on.
     """
     every = [v for v in into.versions(all=True) if v.method == METHOD and v.options["packer"] == name]
-    others = {str(v.options["packer"]) for v in into.versions() if v.method == METHOD} - {name, "rtn"}
-    if others and not every:
+    others = {str(v.options["packer"]) for v in into.versions() if v.method == METHOD} - {name}
+    if not every and (others := {n for n in others if not packs[n].free}):  # type: ignore[attr-defined]
         raise WrongUse(f"the variants in {str(into.path)!r} are packed by {', '.join(sorted(others))}, not by {name}; "
                        f"say pack.method={min(others)}, or refit=true")  # fmt: skip
     if not every:
@@ -270,9 +306,9 @@ def _one(work: _Work, into: Store, version: Version, packer: Packer, found: _Sha
     before = work.scorer.gain(version.name, variant) if work.scorer else None
     tries: list[tuple[str, Packer]] = []
     if exact is not None and found is not None:
-        finer = "error" in options_of(type(packer))
-        tries = [(name, _finer(name, packer, share)) for share in (FINER if finer and work.scorer else FINER[:1])]
-        tries.append(("rtn", packs.make("rtn", bits=8)))
+        finer = [packer.finer(share) for share in FINER] if work.scorer else []
+        tries = [(name, packer), *((name, way) for way in finer if way is not None)]
+        tries.append((LAST[0], packs.make(LAST[0], **LAST[1])))
     for how, way in tries:
         assert exact is not None and found is not None
         shared = found if how == name else _Shared.of(variant.sites, {})
@@ -293,13 +329,6 @@ def _one(work: _Work, into: Store, version: Version, packer: Packer, found: _Sha
     line = Line("", version.ref, "as it is", version.n_bytes, version.n_bytes, 0.0, 0.0, 0.0, "", 0.0,
                 None if before is None else 1.0)  # fmt: skip
     return _publish(into, version, work.source.load(version.ref, packed=True), line, work)
-
-
-def _finer(name: str, packer: Packer, share: float) -> Any:
-    if share == 1:
-        return packer
-    said = _options(packer)
-    return packs.make(name, **{**said, "error": max(said["error"] * share, 0.005)})
 
 
 def _coded(variant: Variant, name: str, packer: Packer, shared: _Shared, code: torch.Tensor) -> Variant:

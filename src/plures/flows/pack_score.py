@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plures.bridges.on_model import attach, take_off
 from plures.core.errors import WrongUse
-from plures.engine.data import HeldOut, encode, held_out, read_rows
+from plures.engine.data import HeldOut, encode, read_rows
 from plures.engine.model import load_base
 from plures.engine.score import evaluate
 from plures.flows.objective import on_device, pad_id
@@ -34,7 +34,7 @@ class Scorer:
             if not Path(path).exists():
                 raise WrongUse(f"held_out = {self.rows!r}: {path!r} is not there, and {name!r} is to be scored on it")
             examples = encode(read_rows(path), self.base.tokenizer, max_tokens=MAX_TOKENS)
-            self._batches[path] = held_out(examples, BATCH_ROWS, MAX_TOKENS, pad_id(self.base))
+            self._batches[path] = HeldOut(examples, BATCH_ROWS, MAX_TOKENS, pad_id(self.base))
             self._base_nats[path] = self._nats(path, self.base.model)
         model = attach(self.base.model, variant, SLOT)
         try:

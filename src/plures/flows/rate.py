@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -19,20 +18,23 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from plures.core.errors import BadInput, StoreBusy, WrongUse, disk
+from plures.core.errors import BadInput, WrongUse, disk
 from plures.core.recipe import to_dict
+from plures.core.units import si_bytes
 from plures.engine.columns import short
 from plures.engine.data import Rows, read_rows
 from plures.engine.generate import Session
-from plures.engine.model import Base, load_base, load_tokenizer
+from plures.engine.model import DTYPES, Base, empty_base, load_base, load_tokenizer
 from plures.engine.rate import Alone, Gradients, examples_of, fresh_lora, measure, pair_loss
 from plures.flows import selection
+from plures.flows.held import held
 from plures.flows.objective import pad_id
 from plures.flows.recipes import RateRecipe
 from plures.flows.train import device
 from plures.loss.dpo import Dpo
 from plures.store import Store, Version
 from plures.tensors import safe
+from plures.tensors.together import sync_folder
 from plures.tensors.variant import Variant
 
 Array = np.ndarray[Any, Any]
@@ -84,6 +86,52 @@ def rate(recipe: RateRecipe, say: Say = lambda _: None) -> Rated:
             _write(Path(recipe.out), part, rows, there, made)
     means = {name: float(v.mean()) for name, v in made.items() if v.ndim == 1}
     return Rated(recipe.out, len(rows), tuple(made), means)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rating takes: the rows, the columns that they get, who is loaded, and how often each row is run through.
+
+    `base_bytes` is 0 where no model is needed. `runs` counts forward passes of a row; each of `backward` of them has
+    a backward pass too.
+    """
+
+    rows: int
+    columns: tuple[str, ...]
+    variants: tuple[str, ...]
+    base_parameters: int
+    base_bytes: int
+    runs: int
+    backward: int
+    out: str
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        loaded = "the tokenizer alone is loaded"
+        if self.base_bytes:
+            back = ", once with its gradient" if self.backward else ""
+            loaded = (f"{', '.join(self.variants)} loaded on a base of {self.base_parameters:,} numbers, "
+                      f"{si_bytes(self.base_bytes)}; each row is run through {self.runs} times{back}")  # fmt: skip
+        return [f"{self.rows:,} rows get {', '.join(self.columns)}", loaded, f"all rows go to {self.out}"]
+
+
+def plan(recipe: RateRecipe) -> Plan:
+    """What `rate` would do; the rows are read and checked, no weight is. Raises: as `rate`, where it is known by then.
+    """
+    rows = read_rows(_sources(recipe), columns=recipe.columns)
+    pairs = rows.format == "pairs"
+    with Store.open(Path(recipe.fleet)) as store:
+        asked = [BASE if ref == BASE else store.resolve(ref).ref for ref in recipe.variants or [BASE]]
+        _check(recipe, pairs)
+        _table(recipe, rows)
+        parameters = sum(p.numel() for p in empty_base(store.base).parameters())
+    want = set(recipe.want)
+    loaded, backward = want != {"tokens"}, int("gradients" in want)
+    runs = (len(asked) if want & {"loss", "disagreement"} else 0) + backward
+    runs += int(pairs and bool(want & {"loss", "gradients"}))
+    each = DTYPES[recipe.base_dtype].itemsize
+    return Plan(len(rows), tuple(names(recipe, pairs)), tuple(asked), parameters, parameters * each if loaded else 0,
+                runs, backward, recipe.out)  # fmt: skip
 
 
 def names(recipe: RateRecipe, pairs: bool) -> list[str]:
@@ -224,14 +272,7 @@ def _table(recipe: RateRecipe, rows: Rows) -> pa.Table | None:
 @contextmanager
 def _held(part: Path) -> Iterator[Path]:
     """Hold the folder of what is done so far for this process alone. Raises: StoreBusy."""
-    with disk(part):
-        part.mkdir(parents=True, exist_ok=True)
-        lock = (part / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreBusy(f"another process writes {str(part)!r}; wait for it, or name another out") from error
+    with held(part / ".lock", f"writes {str(part)!r}"):
         try:
             yield part
         finally:
@@ -283,7 +324,7 @@ def _write(out: Path, part: Path, rows: Rows, there: pa.Table | None, made: Mapp
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(whole, out)
-            safe.sync_folder(out.parent)
+            sync_folder(out.parent)
     with disk(part):
         shutil.rmtree(part)
 

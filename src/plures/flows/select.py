@@ -11,6 +11,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from plures.choice.pool import Budget, Pool, Quota, Selection
 from plures.core.errors import BadInput, WrongUse, disk
+from plures.core.events import finite
 from plures.core.recipe import to_dict
 from plures.engine.candidates import Candidates
 from plures.flows import select_cells, select_plan, select_read, select_report, select_shares, selection
@@ -43,7 +45,8 @@ class Selected:
     """What a selection came to: where the rows are, what they cover beside random rows, and what it took.
 
     `coverage` is the mean over rows of the pool of the largest cosine with a chosen one, `coverage_random` that of as
-    many random rows; nan where the pool has no features. `certificate` is the share of the best possible value of the
+    many random rows; None where the pool has no features; `value` and `bound` are None
+    of methods without an objective. `certificate` is the share of the best possible value of the
     method's objective that this is at least; 0 where nothing is known.
     """
 
@@ -51,11 +54,11 @@ class Selected:
     rows: int
     of: int
     tokens: int | None
-    value: float
-    bound: float
+    value: float | None
+    bound: float | None
     certificate: float
-    coverage: float
-    coverage_random: float
+    coverage: float | None
+    coverage_random: float | None
     groups: dict[str, dict[str, int]]
     seconds: dict[str, float]
     peak_mb: float
@@ -108,6 +111,12 @@ def plan(recipe: SelectRecipe) -> Plan:
     made = select_plan.plan(recipe, source, selects.make(name, **options), str(recipe.budget))
     if not made.rows:
         raise BadInput(f"{str(source.files[0])!r} is empty: there is nothing to choose from")
+    select_read.check_features(recipe, source)
+    if made.cells:
+        for key, meant in ((f"budget {AUTO}", str(recipe.budget).strip() == AUTO), ("update", bool(recipe.update))):
+            if meant:
+                raise WrongUse(f"{key} looks at the whole pool and cannot be chosen cell by cell; raise memory_gb, or "
+                               "set cell_rows=0")  # fmt: skip
     rows, _ = budget_of(str(recipe.budget), made.rows)
     if recipe.shares:
         select_shares.check(recipe.shares, rows if str(recipe.budget).strip() != AUTO else None)
@@ -131,11 +140,10 @@ def select(recipe: SelectRecipe, say: Say = lambda _: None) -> Selected:
     quotas = (*quotas_of(recipe.at_least, recipe.at_most), *shares)
     include, exclude = (select_read.named(recipe, source, file) for file in (recipe.include, recipe.exclude))
     budget = Budget(rows, tokens, quotas, include, exclude, recipe.apart)
-    if recipe.update and name != "dynamic":
-        raise WrongUse(f"update goes with the method dynamic, and {name!r} is asked for")
+    if recipe.update and "chosen" not in method.needs:
+        raise WrongUse(f"update goes with a method that reads an earlier choice (dynamic), and {name!r} is asked for")
     if planned.cells:
-        with _Timed(took, "cells"):
-            on = select_cells.on_ray if recipe.on == "ray" else None
+        with _Timed(took, "cells"), select_cells.on_ray() if recipe.on == "ray" else nullcontext() as on:
             found, pool = select_cells.select_cells(recipe, source, method, budget, planned.cells, say, on)
     else:
         pool = _whole(recipe, source, method, quotas, took, say)
@@ -151,7 +159,8 @@ def select(recipe: SelectRecipe, say: Say = lambda _: None) -> Selected:
             made, places = source.write(Path(recipe.out), order, _columns(found), files)
         done = _done(recipe, pool, found, measured, took)
         told = _manifest(recipe, source, method, found, places, done, measured, safe.file_hash(made))
-        files.write(Path(f"{recipe.out}.json"), lambda at: _text(at, json.dumps(told, default=str) + "\n"))
+        written = json.dumps(finite(told), default=str, allow_nan=False)
+        files.write(Path(f"{recipe.out}.json"), lambda at: _text(at, written + "\n"))
         if recipe.report:
             page = _page(recipe, source, told, pool, found, others)
             files.write(Path(recipe.report), lambda at: _text(at, page))
@@ -231,10 +240,10 @@ def _done(recipe: SelectRecipe, pool: Pool, found: Selection, measured: dict[str
           took: dict[str, float]) -> Selected:  # fmt: skip
     groups = {g: dict(zip(of.names, np.bincount(of.codes[found.rows], minlength=len(of.names)).tolist(), strict=True))
               for g, of in pool.groups.items()}  # fmt: skip
-    near, beside = (float("nan") if measured[k]["coverage"] is None else measured[k]["coverage"]
-                    for k in ("chosen", "random"))  # fmt: skip
-    return Selected(recipe.out, len(found.rows), pool.n, measured["chosen"]["tokens"], found.value, found.bound,
-                    found.certificate, near, beside, groups, took,
+    near, beside = (measured[k]["coverage"] for k in ("chosen", "random"))
+    value, bound = (v if np.isfinite(v) else None for v in (found.value, found.bound))
+    return Selected(recipe.out, len(found.rows), pool.n, measured["chosen"]["tokens"], value, bound, found.certificate,
+                    near, beside, groups, took,
                     _peak_mb())  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from plures.choice import graph as graphs
 from plures.choice.graph import Graph
 from plures.choice.pool import Budget, Group, Labels, Pool, Quota
+from plures.core.errors import WrongUse
 from plures.select import selects
 from plures.tensors import safe
 from plures.tensors.rng import rng
@@ -85,7 +86,11 @@ def _back(path: Path) -> tuple[Pool, Array, Array]:
 
 
 def solve(task: Cell) -> None:
-    """One cell's choice, written beside its vectors; its graph is kept there for the next."""
+    """One cell's choice, written beside its vectors; its graph is kept there for the next.
+
+    A part of GreeDi gives the rows of all its epochs, of which the last choice makes its own.
+    Raises: WrongUse where the method gives weights, or rows by epochs, which cells do not keep.
+    """
     folder = Path(task.folder)
     pool, include, exclude = _back(folder / f"{task.number}.{task.step.partition('.')[0]}.columns.safetensors")
     pool = replace(pool, features=vectors(folder, task.number))
@@ -98,7 +103,14 @@ def solve(task: Cell) -> None:
                        if str(i) in pool.groups[SOLE].names)  # fmt: skip
     budget = Budget(task.rows, task.tokens, quotas, include, exclude, task.apart)
     found = method.choose(pool, budget, rng(task.seed, "select", task.method, task.number))
-    held = {"rows": torch.from_numpy(np.array(found.rows)), "gains": torch.from_numpy(np.array(found.gains))}
+    dealt = task.step.endswith(".greedi")
+    if found.weights is not None or (found.later and not dealt):
+        what = "rows by epochs" if found.weights is None else "weights of rows"
+        raise WrongUse(f"{task.method!r} gives {what}, which cannot be kept cell by cell; raise memory_gb, or set "
+                       "cell_rows=0")  # fmt: skip
+    rows = np.unique(np.concatenate([found.rows, *found.later])) if found.later else np.array(found.rows)
+    gains = np.full(len(rows), np.nan) if found.later else np.array(found.gains)
+    held = {"rows": torch.from_numpy(rows), "gains": torch.from_numpy(gains)}
     safe.write(answer(task), held)
 
 

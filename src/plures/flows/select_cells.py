@@ -22,6 +22,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,10 +33,12 @@ import torch
 from plures.choice import graph as graphs
 from plures.choice import kmeans, quota
 from plures.choice.pool import Budget, Pool, Selection
-from plures.core.errors import WrongUse, disk, missing
+from plures.core.errors import WrongUse, disk
 from plures.engine.candidates import Candidates
 from plures.flows import select_cell as one
 from plures.flows import select_labels, select_read
+from plures.flows.held import held
+from plures.flows.on_cluster import on_cluster
 from plures.flows.recipes import SelectRecipe
 from plures.tensors import safe
 from plures.tensors.rng import rng
@@ -52,7 +55,8 @@ def select_cells(recipe: SelectRecipe, source: Candidates, method: Any, budget: 
                  on: Run | None = None) -> tuple[Selection, Pool]:  # fmt: skip
     """The selection, and the pool without features or graph. `number` cells; `on` runs tasks (none: here, in turn).
 
-    Raises: WrongUse for a method that needs what cells have not, and what the method raises in a cell.
+    Raises: WrongUse for a method that needs what cells have not, or gives what they cannot keep; StoreBusy while
+        another process works on the same cells; what the method raises in a cell.
     """
     needs = select_read.needs(recipe, method)
     whole = needs & {"judge", "target", "triplets"}
@@ -62,11 +66,12 @@ def select_cells(recipe: SelectRecipe, source: Candidates, method: Any, budget: 
     if budget.tokens is not None and budget.quotas:
         raise WrongUse("quotas within a budget of tokens cannot be chosen cell by cell; give the budget in rows")
     pool, folder = _columns(recipe, source, method, budget), _folder(recipe, source, number)
-    of = _parted(recipe, source, folder, pool.n, number, say)
-    sizes = np.bincount(of, minlength=number)
-    tasks = _Tasks(recipe, method, folder, pool, budget, of, on or _here, say)
-    tasks.write()
-    found = tasks.greedi() if recipe.parts == "random" else tasks.chosen(sizes)
+    with held(folder / ".lock", f"works on the cells in {str(folder)!r}"):
+        of = _parted(recipe, source, folder, pool.n, number, say)
+        sizes = np.bincount(of, minlength=number)
+        tasks = _Tasks(recipe, method, folder, pool, budget, of, on or _here, say)
+        tasks.write()
+        found = tasks.greedi() if recipe.parts == "random" else tasks.chosen(sizes)
     groups = {k: v for k, v in pool.groups.items() if k != one.SOLE}
     return found, replace(pool, features=cast(Any, _Parted(tasks)), groups=groups)
 
@@ -74,7 +79,7 @@ def select_cells(recipe: SelectRecipe, source: Candidates, method: Any, budget: 
 def _columns(recipe: SelectRecipe, source: Candidates, method: Any, budget: Budget) -> Pool:
     """The pool's columns but for its vectors."""
     how = select_read.columns(recipe, source, method, budget.quotas) | {"features": "", "text": ""}
-    pool = select_labels.joined(recipe, source.pool(**select_read.counted(how, source)))
+    pool = select_labels.joined(recipe, select_read.pool(source, how))
     kinds = quota.cells(pool, budget.quotas)
     return replace(pool, groups={**pool.groups, one.SOLE: _group(kinds)})
 
@@ -168,20 +173,11 @@ def _here(tasks: Sequence[one.Cell]) -> Iterator[None]:
         yield None
 
 
-def on_ray(tasks: Sequence[one.Cell]) -> Iterator[None]:
+@contextmanager
+def on_ray() -> Iterator[Run]:
     """Tasks on a Ray cluster whose machines see the folder; on this machine alone where none runs."""
-    try:
-        import ray
-    except ImportError as error:
-        raise missing("ray", "ray", "plures select on=ray") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, configure_logging=False)
-    task = ray.remote(num_cpus=1)(one.solve)
-    left = [task.remote(t) for t in tasks]
-    while left:
-        done, left = ray.wait(left, num_returns=1)
-        ray.get(done[0])
-        yield None
+    with on_cluster("plures select on=ray") as cluster:
+        yield lambda tasks: cluster(one.solve, [(t,) for t in tasks])
 
 
 class _Tasks:
@@ -200,7 +196,7 @@ class _Tasks:
         self.free[budget.exclude] = False
         budget.check(replace(pool, graph=graphs.Graph(np.zeros(1), np.zeros(0), np.zeros(0))))
         said = [recipe.select, recipe.budget, recipe.at_least, recipe.at_most, recipe.apart, recipe.neighbours,
-                recipe.labels, recipe.tokens]  # fmt: skip
+                recipe.labels, recipe.tokens, recipe.probes, repr(budget.quotas)]  # fmt: skip
         held = [budget.include, budget.exclude, *select_labels.arrays(pool)]
         named = hashlib.sha256(b"".join(a.tobytes() for a in held)).hexdigest()
         self.run = hashlib.sha256(json.dumps([said, named], default=str).encode()).hexdigest()[:12]
@@ -227,8 +223,8 @@ class _Tasks:
     def ask(self, step: str, amounts: Array, kinds: Array | None = None) -> dict[int, tuple[Array, Array]]:
         """What every cell chooses of so much: its rows by their numbers in the pool, and what they added."""
         options, k = asdict(self.method), int(np.bincount(self.of).max())
-        if step != "last" and "swaps" in options:
-            options["swaps"] = 0  # counts come from what rows add, in the order of the plain loop
+        if step != "last":
+            options |= getattr(self.method, "greedy", {})  # counts come from what rows add, in the loop's order
         tasks = []
         for c in np.flatnonzero(amounts):
             of_kind = None if kinds is None else tuple(int(v) for v in kinds[c])
@@ -332,7 +328,7 @@ class _Tasks:
         inside = replace(self.budget, include=np.searchsorted(rows, self.budget.include),
                          exclude=np.zeros(0, np.int64))  # fmt: skip
         found: Selection = self.method.choose(union, inside, rng(self.recipe.seed, "select", self.method.card.name))
-        return replace(found, rows=rows[found.rows], bound=float("inf"))
+        return replace(found, rows=rows[found.rows], later=tuple(rows[e] for e in found.later), bound=float("inf"))
 
 
 class _Parted:

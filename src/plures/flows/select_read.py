@@ -59,9 +59,23 @@ def needs(recipe: SelectRecipe, method: Any) -> set[str]:
     for part, key, what in keys:
         if part in wanted and not key:
             raise WrongUse(f"{method.card.name} needs {what}")
-    if recipe.label_vectors and method.card.name != "mig":
-        raise WrongUse(f"label_vectors goes with the method mig, and {method.card.name!r} is asked for; leave it out")
+    if recipe.label_vectors and "alike" not in wanted:
+        raise WrongUse(f"label_vectors goes with a method that joins alike labels (mig), and {method.card.name!r} is "
+                       "asked for; leave it out")  # fmt: skip
     return wanted
+
+
+def check_features(recipe: SelectRecipe, source: Candidates) -> None:
+    """Raises: BadInput where `features` is neither a column nor a folder of vectors, with the nearest there is."""
+    said, path = recipe.features, source.files[0]
+    if not said or said in source.schema.names or Sidecar.is_one(said):
+        return
+    beside = sorted(str(p.parent) for at in dict.fromkeys((path.parent, path.parent.parent))
+                    for p in at.glob("*/about.json"))  # fmt: skip
+    folders = f"folders of vectors beside the pool: {', '.join(beside)}" if beside else "no folder of vectors beside it"
+    raise BadInput(f"features {said!r}: {str(path)!r} has no column {said!r}, and no folder of that name has vectors "
+                   f"of plures embed.{nearest(said, [*source.schema.names, *beside])} There are: "
+                   f"{', '.join(source.schema.names)}; {folders}")  # fmt: skip
 
 
 def columns(recipe: SelectRecipe, source: Candidates, method: Any, quotas: Sequence[Quota]) -> dict[str, Any]:
@@ -79,13 +93,13 @@ def columns(recipe: SelectRecipe, source: Candidates, method: Any, quotas: Seque
         "folder": work(recipe, source), "lacking": lacking, "matrices": matrices,
         "shingled": recipe.text if "signatures" in wanted else "",
     }  # fmt: skip
-    return how if how["features"] or how["text"] else counted(how, source)
+    return how
 
 
-def counted(how: dict[str, Any], source: Candidates) -> dict[str, Any]:
-    """The arguments with some column to count the rows by."""
-    some = any(how[k] for k in ("labels", "scores", "groups", "cost", "id", "matrices", "shingled"))
-    return how if some else how | {"groups": source.schema.names[:1]}
+def pool(source: Candidates, how: dict[str, Any]) -> Pool:
+    """The pool of these arguments; where they name no column, as many rows as there are."""
+    some = any(v for k, v in how.items() if k not in ("folder", "lacking"))
+    return source.pool(**how) if some else Pool(source.count())
 
 
 def read(recipe: SelectRecipe, source: Candidates, method: Any, quotas: Sequence[Quota]) -> Pool:
@@ -95,23 +109,23 @@ def read(recipe: SelectRecipe, source: Candidates, method: Any, quotas: Sequence
     beside = Sidecar(recipe.features) if Sidecar.is_one(recipe.features) else None
     if beside:
         beside.check(source.fingerprint, source.count())
-    pool = select_labels.joined(recipe, source.pool(**how))
+    made = select_labels.joined(recipe, pool(source, how))
     if recipe.update:
-        pool = replace(pool, scores={**pool.scores, "chosen": _chosen(recipe, source, pool.n)})
+        made = replace(made, scores={**made.scores, "chosen": _chosen(recipe, source, made.n)})
     if beside:
-        pool = replace(pool, features=beside.features(work(recipe, source)))
+        made = replace(made, features=beside.features(work(recipe, source)))
     if "target" in wanted:
         target = _target(recipe, how)
-        assert pool.features is not None
-        if target.shape[1] != pool.features.shape[1]:
+        assert made.features is not None
+        if target.shape[1] != made.features.shape[1]:
             raise BadInput(f"{recipe.target!r} has vectors of {target.shape[1]} numbers, and the pool of "
-                           f"{pool.features.shape[1]}; embed both alike")  # fmt: skip
-        pool = replace(pool, target=target)
+                           f"{made.features.shape[1]}; embed both alike")  # fmt: skip
+        made = replace(made, target=target)
     if "triplets" in wanted:
-        pool = replace(pool, triplets=np.stack([named(recipe, source, recipe.triplets, column=c) for c in TRIPLET], 1))
+        made = replace(made, triplets=np.stack([named(recipe, source, recipe.triplets, column=c) for c in TRIPLET], 1))
     if "judge" in wanted:
-        pool = replace(pool, judge=judge(recipe.judge, source))
-    return cells(recipe, pool) if recipe.cells else pool
+        made = replace(made, judge=judge(recipe.judge, source))
+    return cells(recipe, made) if recipe.cells else made
 
 
 def _chosen(recipe: SelectRecipe, source: Candidates, n: int) -> Array:

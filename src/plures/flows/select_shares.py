@@ -21,7 +21,6 @@ from plures.engine.candidates import Candidates
 class Shares:
     """The weight of every value of the column `key`; they sum to 1."""
 
-    path: str
     key: str
     weights: dict[str, float]
 
@@ -40,7 +39,7 @@ class Shares:
         total = math.fsum(weights.values())
         if not isinstance(key, str) or min(weights.values(), default=-1) < 0 or not abs(total - 1) < 1e-6:
             raise BadInput(f"shares {path!r}: the weights must be numbers of at least 0 that sum to 1, got {total:g}")
-        return cls(path, key, {k: v / total for k, v in weights.items()})
+        return cls(key, {k: v / total for k, v in weights.items()})
 
     def counts(self, n: int) -> dict[str, int]:
         """Rows of every source, `weight * n` rounded so that they sum to n: the largest remainders are rounded up."""

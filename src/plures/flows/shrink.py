@@ -126,11 +126,8 @@ def _kept(at: Path, texts: Mapping[str, str]) -> list[Path]:
 
 def _plan(base: str, at: Path, source: Weights, asked: Sizes) -> tuple[Plan, dict[str, Any], Axes]:
     """The plan, the smaller configuration, and of every tensor the places of each axis."""
-    with disk(at / "config.json", "read"):
-        said: dict[str, Any] = json.loads((at / "config.json").read_text(encoding="utf-8"))
-    if odd := [key for key in KEYS.values() if key != "num_key_value_heads" and not isinstance(said.get(key), int)]:
-        raise BadInput(f"base {base!r}: its configuration has no {odd[0]!r}, and it is not known what is as long as it")
-    before = Sizes(**{k: said.get(key, said["num_attention_heads"]) for k, key in KEYS.items()})
+    said = _read_config(base, at / "config.json")
+    before = Sizes(**{k: said.get(key) or said["num_attention_heads"] for k, key in KEYS.items()})
     after = _sizes(before, asked)
     width = said.get("head_dim") or before.hidden_size // before.heads
     config = _config(said, after, width)
@@ -149,6 +146,28 @@ def _plan(base: str, at: Path, source: Weights, asked: Sizes) -> tuple[Plan, dic
     total = sum(e.size for e in source.entries.values())
     left_out = len(source.entries) - len(axes)
     return Plan(base, before, after, len(axes), left_out, total, parameters, n_bytes), config, axes
+
+
+def _read_config(base: str, path: Path) -> dict[str, Any]:
+    """A base's configuration, which says all sizes. Raises: BadInput."""
+    with disk(path, "read"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        said: dict[str, Any] = json.loads(text)
+        sizes = {key: said[key] for key in KEYS.values()
+                 if said.get(key) is not None or key != "num_key_value_heads"}  # fmt: skip
+    except KeyError as error:
+        raise BadInput(f"base {base!r}: its configuration has no {error}, and it is not known what is as long as it"
+                       ) from error  # fmt: skip
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{str(path)!r} is damaged: it is no JSON of a configuration; fetch it again") from error
+    if odd := next((key for key, v in sizes.items() if type(v) is not int or v < 1), None):
+        raise BadInput(f"base {base!r}: its configuration says {odd} '{sizes[odd]}', and a whole number of at least 1 "
+                       "is needed")  # fmt: skip
+    if sizes["num_attention_heads"] % sizes.get("num_key_value_heads", 1):
+        raise BadInput(f"base {base!r}: its configuration says {sizes['num_attention_heads']} heads with "
+                       f"'{sizes['num_key_value_heads']}' for keys, which do not divide them")  # fmt: skip
+    return said
 
 
 def _sizes(before: Sizes, asked: Sizes) -> Sizes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +16,10 @@ import torch
 
 from plures.adapt import adapts
 from plures.adapt._lay import lay
-from plures.bridges.adapter_folder import WEIGHTS, write_folder
+from plures.bridges.adapter_folder import MANIFEST, WEIGHTS, write_folder
 from plures.bridges.on_model import capture, put_on, take_off
 from plures.bridges.peft import PluresConfig, take_auxiliary
-from plures.core.errors import BadInput, StoreBusy, WrongUse, disk
+from plures.core.errors import BadInput, WrongUse, disk
 from plures.core.events import Events, JsonLines, Sink, environment
 from plures.core.recipe import dump, to_dict
 from plures.engine.data import Rows, read_rows, split_rows
@@ -29,6 +29,7 @@ from plures.engine.row_weights import AUTO, COLUMN, NONE, weights_of
 from plures.engine.score import LossScore
 from plures.engine.score import Score as HeldOutScore
 from plures.flows import objective, selection, start
+from plures.flows.held import held as held_alone
 from plures.flows.objective import on_device, pad_id
 from plures.flows.recipes import TrainRecipe
 from plures.loss import Loss
@@ -39,12 +40,6 @@ from plures.tensors.site import Site
 from plures.tensors.variant import Variant
 
 __all__ = ["Plan", "Trained", "device", "on_device", "pad_id", "plan", "run_folder", "train"]
-
-# what runs are of that began when no loss, start, shards, tasks or weights could be chosen
-ALWAYS: dict[str, Any] = {"loss": {"method": "sft"}, "start": {"variant": "", "take": [], "freeze": []},
-                          "shards": {"count": 0, "reach": 2, "key": ""}, "tasks": {"key": ""},
-                          "weight": NONE}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -115,19 +110,14 @@ def run_folder(recipe: TrainRecipe, rows: Rows | None = None, resume: bool = Fal
     if recipe.run:
         return Path(recipe.run)
     decides = {k: v for k, v in to_dict(recipe).items() if k not in ("run", "tensorboard", "aliases", "fleet")}
-    decides = {k: _older(k, v) for k, v in decides.items() if v != ALWAYS.get(k)}
+    if decides["data"]["weight"] in (NONE, AUTO):  # auto: not read yet; a run says what it found
+        del decides["data"]["weight"]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(recipe.fleet) / "runs" / f"{check_name(recipe.name)}-{digest}"
     if rows is None or (said := _said(folder)) is None or said.get("rows") == rows.fingerprint:
         return folder
     other = folder.with_name(f"{folder.name}-{rows.fingerprint[:8]}")
     return other if other.exists() or not resume else folder
-
-
-def _older(key: str, value: Any) -> Any:
-    """What a recipe says under `key`, without what all runs had before it could be said."""
-    always = (("order", "shuffled"), ("weight", NONE), ("weight", AUTO))  # auto: not read yet; a run says what it found
-    return {k: v for k, v in value.items() if (k, v) not in always} if key == "data" else value
 
 
 def _said(folder: Path) -> dict[str, Any] | None:
@@ -137,7 +127,7 @@ def _said(folder: Path) -> dict[str, Any] | None:
         return None
     with disk(path, "read"):
         said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return ALWAYS | said
+    return said
 
 
 def begin(recipe: TrainRecipe, folder: Path, rows: Rows, started_from: str) -> None:
@@ -147,8 +137,8 @@ def begin(recipe: TrainRecipe, folder: Path, rows: Rows, started_from: str) -> N
     Raises: BadInput.
     """
     free = ("fleet", "run", "tensorboard", "aliases", "train")
-    said = {k: _older(k, v) for k, v in to_dict(recipe).items() if k not in free} | {"rows": rows.fingerprint}
-    said["weight"] = said["data"].pop("weight", NONE)  # by itself, so that an error names it
+    said = {k: v for k, v in to_dict(recipe).items() if k not in free} | {"rows": rows.fingerprint}
+    said["weight"] = said["data"].pop("weight")  # by itself, so that an error names it
     if started_from:  # an alias that has moved would mix two starts
         said["started_from"] = started_from
     path = folder / "of.json"
@@ -250,17 +240,8 @@ def loaded_base(recipe: TrainRecipe, store: Store) -> Base:
 
 @contextmanager
 def held_run(folder: Path) -> Iterator[None]:
-    """Hold the run's folder for this process alone; the system frees the lock when the process dies."""
-    with disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreBusy(
-                f"another process is training in {str(folder)!r}; wait for it, or use another run folder"
-            ) from error
+    """Hold the run's folder for this process alone. Raises: StoreBusy."""
+    with held_alone(folder / ".lock", f"is training in {str(folder)!r}"):
         yield
 
 
@@ -375,12 +356,21 @@ def kept_scores(score: HeldOutScore | LossScore | None, recipe: TrainRecipe) -> 
     return [Score(where, metric, value) for metric, value in score.told().items()]
 
 
+def _tensors_in(folder: Path) -> list[str]:
+    """The hashes of an adapter folder's tensors, in order; none where it is not whole."""
+    try:
+        told: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["tensors"]
+        return sorted(told.values()) if (folder / WEIGHTS).exists() else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
 def _keep(folder: Path, variant: Variant, name: str) -> None:
-    """Leave the variant in the run's folder as an adapter folder too; a torn one from a kill is written anew."""
+    """Leave the variant in the run's folder as an adapter folder too; one that is of other tensors is written anew."""
     target = folder / "variant"
-    if (target / WEIGHTS).exists():
-        return
     if target.exists():
-        for path in target.iterdir():
-            path.unlink()
+        if _tensors_in(target) == sorted(map(safe.tensor_hash, variant.flat().values())):
+            return
+        with disk(target):
+            shutil.rmtree(target)
     write_folder(variant, target, name=name)

@@ -19,18 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from plures.adapt import adapts
+from plures.adapt._lay import lay
 from plures.bridges.on_model import put_on, take_off
 from plures.bridges.peft import PluresConfig, PluresLayer, take_auxiliary
 from plures.core.errors import BadInput, WrongUse, disk, nearest
 from plures.core.events import Events, Sink
 from plures.core.recipe import to_dict
 from plures.core.seeds import stream
+from plures.core.units import si_bytes
 from plures.engine.data import Batches, Rows, encode, read_rows
-from plures.engine.model import Base, find_sites, load_base
+from plures.engine.model import DTYPES, Base, empty_base, find_sites, load_base
 from plures.engine.row_weights import refuse
 from plures.engine.score import logits_of
 from plures.engine.weigh import Batch, Settings, Told, Weigher
 from plures.flows import train as flow
+from plures.flows.held import held as held_alone
 from plures.flows.objective import OnDevice, pad_id
 from plures.flows.recipes import WeighRecipe
 from plures.flows.tasks import choose
@@ -53,15 +56,61 @@ class Weighed:
     held_out: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What weighing takes: rows by source, held-out rows, what trains in each of the two models, and steps, in each of
+    which so many `windows` are run through a model with their gradient."""
+
+    key: str
+    rows: dict[str, int]
+    held_out: int
+    trained: int
+    base_parameters: int
+    base_bytes: int
+    steps: int
+    windows: int
+    out: str
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        rows = ", ".join(f"{source} {n:,}" for source, n in self.rows.items())
+        return [f"rows by {self.key}: {rows}; {self.held_out:,} held out",
+                f"two models of {self.trained:,} trained numbers each on a base of {self.base_parameters:,}, "
+                f"{si_bytes(self.base_bytes)}",
+                f"{self.steps:,} steps of {self.windows} windows; weights go to {self.out}"]  # fmt: skip
+
+
+def plan(recipe: WeighRecipe) -> Plan:
+    """What `weigh` would do; the rows are read, no weight is. Raises: as `weigh`, where it is known by then."""
+    _check(recipe)
+    rows, held = (read_rows(of, columns=recipe.columns) for of in (recipe.rows, recipe.held_out))
+    refuse(rows, "plures weigh")
+    sources = {name: len(of) for name, of in split(recipe, rows).items()}
+    name, options = recipe.method()
+    method: Any = adapts.make(name, **options)
+    with Store.open(Path(recipe.fleet)) as store:
+        base = empty_base(store.base)
+    with torch.device("meta"):
+        trained = lay(method, find_sites(base, recipe.targets), 0).trained(method.frozen)
+    parameters = sum(p.numel() for p in base.parameters())
+    return Plan(recipe.key, sources, len(held), trained, parameters, parameters * DTYPES[recipe.base_dtype].itemsize,
+                recipe.steps, (2 * len(sources) + 1) * recipe.batch_rows, recipe.out)  # fmt: skip
+
+
 def weigh(recipe: WeighRecipe, *, sinks: tuple[Sink, ...] = (), base: Base | None = None) -> Weighed:
     """Learn the weights of `recipe`'s sources and write them to `recipe.out`.
 
     A run that was cut off goes on from `<out>.part`, where that is of the same recipe and rows. `base` is one that is
     loaded already; it is left as it was.
     Raises: WrongUse for one source alone, and as making the method and finding its sites; BadInput for rows that are
-        not what they should be, or do not name their source.
+        not what they should be, or do not name their source; StoreBusy while another process writes the same file.
     """
     _check(recipe)
+    with held_alone(Path(f"{recipe.out}.lock"), f"writes {recipe.out!r}", drop=True):
+        return _weigh(recipe, sinks, base)
+
+
+def _weigh(recipe: WeighRecipe, sinks: tuple[Sink, ...], base: Base | None) -> Weighed:
     rows = read_rows(recipe.rows, columns=recipe.columns)
     refuse(rows, "plures weigh")
     sources = split(recipe, rows)

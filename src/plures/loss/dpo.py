@@ -66,14 +66,16 @@ class Dpo:
         gained = log_probs - reference
         return self.beta * (gained[:, 0] - gained[:, 1])
 
+    def nats(self, margins: Tensor) -> Tensor:
+        """The loss of each pair `[pairs]` from its margin, label smoothing included."""
+        s = self.label_smoothing
+        nats = -(1 - s) * logsigmoid(margins)
+        return nats - s * logsigmoid(-margins) if s else nats
+
     def summed(self, logits: Tensor, batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; `accuracy` is the share of pairs with a positive margin, `margin` the mean."""
         margin = self.margins(answer_log_probs(logits, batch), batch["reference"])
-        s = self.label_smoothing
-        nats = -(1 - s) * logsigmoid(margin)
-        if s:
-            nats = nats - s * logsigmoid(-margin)
-        right, by = margin > 0, margin.detach()
+        nats, right, by = self.nats(margin), margin > 0, margin.detach()
         if "weights" in batch:
             w = batch["weights"]
             nats, right, by = w * nats, w * right, w * by

@@ -18,6 +18,8 @@ from plures.core.folder import Folder
 Array = np.ndarray[Any, Any]
 Stats = dict[str, Array]
 merges = Folder("plures.merge", "merge")
+ANY = (1, 1 << 30)
+"""As many models as there are."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class Part:
 class Merger(Protocol):
     """A way to merge.
 
-    `base` says whether it works on what models add to a base; `of_model` names what a recipe may say of each model,
+    `base` says whether it works on what models add to a base, and `takes` how many models besides that it may be given,
+    at least and at most; `of_model` names what a recipe may say of each model,
     with its default. `passes` are over a tensor's pieces before the last one; a method that has some is a `Scanner`. A
     piece is a multiple of `unit(shape)` elements, but the last one.
     """
 
     base: ClassVar[bool]
+    takes: ClassVar[tuple[int, int]]
     of_model: ClassVar[Mapping[str, float]]
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, row
+from plures.merge import ANY, Part, Stats, row
 from plures.tensors.deltas import crumbs, crumbs_by_row, crumbs_settle, given, mixed, onto, top_scan
 
 Array = np.ndarray[Any, Any]
@@ -45,6 +45,7 @@ class Breadcrumbs:
     normalize: bool = False
     scope: Literal["tensor", "row"] = "tensor"
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0, "density": 1.0, "gamma": 0.01}
 
     @property

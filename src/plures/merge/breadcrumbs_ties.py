@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, row
+from plures.merge import ANY, Part, Stats, row
 from plures.tensors.deltas import agree, crumbs, crumbs_by_row, crumbs_settle, given, mixed, onto, top_scan
 
 Array = np.ndarray[Any, Any]
@@ -46,6 +46,7 @@ class BreadcrumbsTies:
     normalize: bool = False
     scope: Literal["tensor", "row"] = "tensor"
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0, "density": 1.0, "gamma": 0.01}
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.errors import WrongUse
 from plures.core.folder import method
-from plures.merge import Part, Stats
+from plures.merge import ANY, Part, Stats
 from plures.tensors.deltas import given
 
 Array = np.ndarray[Any, Any]
@@ -49,6 +49,7 @@ class Cabs:
     m: int = 256
     lambda_: float = 1.0
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 0
 

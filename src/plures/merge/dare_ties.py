@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors.deltas import agree, drop, given, mixed, onto
 
 Array = np.ndarray[Any, Any]
@@ -44,6 +44,7 @@ class DareTies:
     normalize: bool = False
     rescale: bool = True
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0, "density": 1.0}
     passes: ClassVar[int] = 0
     unit = staticmethod(one)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, row
+from plures.merge import ANY, Part, Stats, row
 from plures.tensors.deltas import drop_by_rank, given, mixed, onto
 
 Array = np.ndarray[Any, Any]
@@ -45,6 +45,7 @@ class DellaLinear:
     normalize: bool = False
     rescale: bool = True
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0, "density": 1.0, "epsilon": 0.15}
     passes: ClassVar[int] = 0
     unit = staticmethod(row)

@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.errors import WrongUse
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors.deltas import given, mixed, products
 from plures.tensors.sphere import around
 
@@ -28,11 +28,11 @@ class Karcher:
     """The spherical mean: steps as in multislerp until one is shorter than `tol`.
 
     Options:
-        max_iter: steps at most.
-        tol: a step short enough.
+        max_iter: steps at most, at least 1.
+        tol: a step short enough, in radians, above 0.
 
     Per model: weight.
-    Raises: WrongUse for another number of models, or options out of range.
+    Raises: WrongUse for options out of range, or weights that do not sum to more than 0.
     Paper: doi:10.1145/502122.502124. From memory; the form for weights is mergekit's, whose documentation was read.
     Departs from the paper: nowhere.
     """
@@ -40,9 +40,16 @@ class Karcher:
     max_iter: int = 10
     tol: float = 1e-5
     base: ClassVar[bool] = False
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 1
     unit = staticmethod(one)
+
+    def __post_init__(self) -> None:
+        if self.max_iter < 1:
+            raise WrongUse(f"karcher.max_iter must be at least 1, got '{self.max_iter}'")
+        if not 0 < self.tol < float("inf"):
+            raise WrongUse(f"karcher.tol must be a number above 0, got '{self.tol}'")
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
         """Inner products."""

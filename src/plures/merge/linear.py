@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors.deltas import given, mixed
 
 Array = np.ndarray[Any, Any]
@@ -39,6 +39,7 @@ class Linear:
 
     normalize: bool = True
     base: ClassVar[bool] = False
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 0
     unit = staticmethod(one)

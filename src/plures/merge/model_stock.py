@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from plures.core.errors import WrongUse
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors.deltas import products
 
 Array = np.ndarray[Any, Any]
@@ -34,12 +33,12 @@ class ModelStock:
     Options: none.
 
     Per model: none.
-    Raises: WrongUse for fewer than two models.
     Paper: the ratio for N models, from memory; the text was not read.
     Departs from the paper: cosines of more than two models are averaged, as in mergekit. A cosine below 0 counts as 0.
     """
 
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = (2, ANY[1])
     of_model: ClassVar[Mapping[str, float]] = {}
     passes: ClassVar[int] = 1
     unit = staticmethod(one)
@@ -51,8 +50,6 @@ class ModelStock:
     def settle(self, told: Stats, part: Part, before: list[Stats]) -> Stats:
         """How far the mean goes."""
         m = len(part.models)
-        if m < 2:
-            raise WrongUse("model_stock needs two models or more besides the base")
         lengths = np.sqrt(np.diag(told["products"]))
         cosines = told["products"] / np.maximum(np.outer(lengths, lengths), 1e-30)
         cosine = max(0.0, float(cosines[np.triu_indices(m, 1)].mean()))

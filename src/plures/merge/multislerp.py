@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.errors import WrongUse
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors.deltas import given, mixed, products
 from plures.tensors.sphere import around
 
@@ -33,12 +33,13 @@ class Multislerp:
     Options: none.
 
     Per model: weight.
-    Raises: WrongUse for another number of models, or options out of range.
+    Raises: WrongUse for weights that do not sum to more than 0.
     Paper: doi:10.1145/502122.502124. From memory; the form for weights is mergekit's, whose documentation was read.
     Departs from the paper: one step of the iteration of the paper, as mergekit has it.
     """
 
     base: ClassVar[bool] = False
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 1
     unit = staticmethod(one)

@@ -31,13 +31,14 @@ class Nearswap:
         t: the farthest that a number goes.
 
     Per model: none.
-    Raises: WrongUse for more than one model besides the base, or a t that is not above 0.
+    Raises: WrongUse for a t that is not above 0.
     Paper: none; the formula is that of the model card.
     Departs from the paper: nowhere.
     """
 
     t: float = 1e-3
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = (1, 1)
     of_model: ClassVar[Mapping[str, float]] = {}
     passes: ClassVar[int] = 0
     unit = staticmethod(one)
@@ -49,6 +50,4 @@ class Nearswap:
     def apply(self, part: Part, stats: list[Stats]) -> Array:
         """The moved base."""
         assert part.base is not None
-        if len(part.models) != 1:
-            raise WrongUse(f"nearswap takes one model besides the base, and {len(part.models)} are given")
         return np.asarray(part.base + np.clip(part.deltas()[0], -self.t, self.t))

@@ -31,13 +31,14 @@ class Nuslerp:
         nuslerp_flatten: whether a tensor is one vector; rows by themselves are not there.
 
     Per model: weight.
-    Raises: WrongUse for another number of models, or options out of range.
+    Raises: WrongUse for a nuslerp_flatten that is false, or weights that do not sum to more than 0.
     Paper: doi:10.1145/325334.325242. From memory; the form for weights is mergekit's, whose documentation was read.
     Departs from the paper: nowhere.
     """
 
     nuslerp_flatten: bool = True
     base: ClassVar[bool] = False
+    takes: ClassVar[tuple[int, int]] = (2, 2)
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 1
     unit = staticmethod(one)
@@ -52,8 +53,6 @@ class Nuslerp:
 
     def settle(self, told: Stats, part: Part, before: list[Stats]) -> Stats:
         """The weights of the models' sum."""
-        if len(part.models) != 2:
-            raise WrongUse(f"nuslerp goes between two models, and {len(part.models)} are given")
         weight = given(part.given, "weight")
         if not weight.sum() > 0:
             raise WrongUse(f"nuslerp.weight must have a sum above 0, got {weight.tolist()}")

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from plures.core.errors import WrongUse
 from plures.core.folder import method
 from plures.merge import Part, Stats, one
 from plures.tensors.deltas import given
@@ -29,18 +28,16 @@ class Passthrough:
     Options: none.
 
     Per model: scale.
-    Raises: WrongUse for more than one model.
     Paper: depth up-scaling, from memory: layers of a model twice, put one behind the other.
     Departs from the paper: the training that follows is not part of it.
     """
 
     base: ClassVar[bool] = False
+    takes: ClassVar[tuple[int, int]] = (1, 1)
     of_model: ClassVar[Mapping[str, float]] = {"scale": 1.0}
     passes: ClassVar[int] = 0
     unit = staticmethod(one)
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:
         """The scaled piece."""
-        if len(part.models) != 1:
-            raise WrongUse(f"passthrough takes one model for each tensor, and {len(part.models)} are given")
         return np.asarray(given(part.given, "scale")[0] * part.values[0].astype(np.float64))

@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.errors import WrongUse
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors.deltas import changed, mixed, onto
 
 Array = np.ndarray[Any, Any]
@@ -42,6 +42,7 @@ class Ram:
 
     epsilon: float = 1e-5
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {}
     passes: ClassVar[int] = 0
     unit = staticmethod(one)

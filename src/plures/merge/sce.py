@@ -10,7 +10,7 @@ import numpy as np
 
 from plures.core.errors import WrongUse
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors import largest
 from plures.tensors.deltas import agree, count, mixed, onto, top_scan, top_settle
 
@@ -43,6 +43,7 @@ class Sce:
 
     select_topk: float = 1.0
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {}
     passes: ClassVar[int] = 3
     unit = staticmethod(one)

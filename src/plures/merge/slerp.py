@@ -33,16 +33,21 @@ class Slerp:
         t: how far, 0 the first and 1 the second.
 
     Per model: none.
-    Raises: WrongUse for another number of models, or options out of range.
+    Raises: WrongUse for a t outside of [0, 1].
     Paper: doi:10.1145/325334.325242. From memory; the form for weights is mergekit's, whose documentation was read.
     Departs from the paper: tensors have their lengths; near ones are mixed along a straight line.
     """
 
     t: float = 0.5
     base: ClassVar[bool] = False
+    takes: ClassVar[tuple[int, int]] = (2, 2)
     of_model: ClassVar[Mapping[str, float]] = {}
     passes: ClassVar[int] = 1
     unit = staticmethod(one)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t <= 1:
+            raise WrongUse(f"slerp.t must be in [0, 1], got '{self.t}'")
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
         """Inner products."""
@@ -50,8 +55,6 @@ class Slerp:
 
     def settle(self, told: Stats, part: Part, before: list[Stats]) -> Stats:
         """The weights of the models' sum."""
-        if len(part.models) != 2:
-            raise WrongUse(f"slerp goes between two models, and {len(part.models)} are given")
         return {"weights": arc(told["products"], self.t)}
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:

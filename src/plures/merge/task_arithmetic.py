@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors.deltas import given, mixed, onto
 
 Array = np.ndarray[Any, Any]
@@ -40,6 +40,7 @@ class TaskArithmetic:
     lambda_: float = 1.0
     normalize: bool = False
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 0
     unit = staticmethod(one)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import Part, Stats, one
+from plures.merge import ANY, Part, Stats, one
 from plures.tensors import largest
 from plures.tensors.deltas import agree, count, given, mixed, onto, top_scan, top_settle
 
@@ -44,6 +44,7 @@ class Ties:
     lambda_: float = 1.0
     normalize: bool = True
     base: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0, "density": 1.0}
     passes: ClassVar[int] = 2
     unit = staticmethod(one)

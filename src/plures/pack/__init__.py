@@ -34,9 +34,15 @@ class Codec(Protocol):
 
 
 class Packer(Protocol):
-    """A way to pack; `bounds` says whether its option `error` bounds that of every decoded variant."""
+    """A way to pack; `bounds` says whether its option `error` bounds that of every decoded variant, and `free` whether
+    it codes each variant by itself, so that its codes stand beside those of any other packer."""
 
     bounds: ClassVar[bool]
+    free: ClassVar[bool]
+
+    def finer(self, share: float) -> Packer | None:
+        """The packer of `share` of the error that was asked for, in (0, 1]; None where no error can be asked for."""
+        ...
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """What all variants share, by leaf; {} for a method that codes each variant by itself."""

@@ -49,10 +49,11 @@ class Jd:
         even: w_i is 1 over the squared norm of the delta; or 1, and large deltas count for more.
         seed: of the beginning.
 
-    Source: the abstract and the authors' code, github.com/bruel-gabrielsson/LoRALoLA at ca69954 (full_lora_pca,
-    diagonal_lora_pca, loraEigenvalueIteration, compute_weights); the text was not at hand. Ours are U before V in
-    every turn (loraEigenvalueIteration changes both at once), the sketches as a beginning, the least squares and the
-    bits. Clusters of variants are left out.
+    Raises: WrongUse for options out of range; BadInput for a fleet of nothing but zeros.
+    Paper: arXiv:2407.00066, the abstract, and the authors' code, github.com/bruel-gabrielsson/LoRALoLA at ca69954
+        (full_lora_pca, diagonal_lora_pca, loraEigenvalueIteration, compute_weights); the text was not at hand.
+    Departs from the paper: U is found before V in every turn (loraEigenvalueIteration changes both at once); the
+        sketches as a beginning, the least squares and the bits are ours. Clusters of variants are left out.
     """
 
     k: int = 16
@@ -62,6 +63,7 @@ class Jd:
     even: bool = True
     seed: int = 0
     bounds: ClassVar[bool] = False
+    free: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= 0xFFFF:
@@ -74,6 +76,10 @@ class Jd:
     def columns(self, site: Site) -> int:
         """Columns of U and V at a site."""
         return min(self.k, site.out, site.into) if self.full else self.k
+
+    def finer(self, share: float) -> Jd | None:
+        """None: the error follows from the rank and the bits."""
+        return None
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """U and V of all sites, fp16, one site after the other; goes over the fleet `2 iterations + 2` times.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from plures.tensors.site import Site
 from plures.tensors.turn import Turn
 
 Array = np.ndarray[Any, Any]
+LEAST = 0.005  # of an error that may be asked for
 SAMPLE = 64  # variants, at most, that steps and tables are fitted to
 LOW, TOP = -16, 12  # classes with tables: quarter octaves of a number's foreseen size over the step
 FINE = 32  # steps a variant may choose among, in an octave
@@ -66,8 +67,10 @@ class Klt:
         dead: by how much of a step the bin of zero is wider on each side, from 0 and below 0.5.
         even: 0 gives all sites one step, 1 a step in proportion to the size that a site's deltas have in the fleet.
 
-    Source: textbook transform coding; no paper on adapters is followed. Compress then Serve (arXiv:2407.00066) shares
-    bases too, and cuts to them.
+    Raises: WrongUse for options out of range; BadInput for a fleet of nothing but zeros.
+    Paper: none on adapters is followed; it is textbook transform coding. Compress then Serve (arXiv:2407.00066) shares
+        bases too, and cuts to them.
+    Departs from the paper: there is none to depart from.
     """
 
     error: float = 0.1
@@ -75,9 +78,10 @@ class Klt:
     dead: float = 0.0
     even: float = 0.5
     bounds: ClassVar[bool] = True
+    free: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0.005 <= self.error < 1:
+        if not LEAST <= self.error < 1:
             raise WrongUse(f"klt.error must be from 0.005 and below 1, got {self.error}; 0.1 keeps 99 % of the energy")
         if self.expect < 0:
             raise WrongUse(f"klt.expect must be at least 0, got {self.expect}; 0 is as many as there are")
@@ -85,6 +89,10 @@ class Klt:
             raise WrongUse(f"klt.dead must be from 0 and below 0.5, got {self.dead}; 0 suits most fleets")
         if not 0 <= self.even <= 1:
             raise WrongUse(f"klt.even must be from 0 to 1, got {self.even}")
+
+    def finer(self, share: float) -> Klt:
+        """With `share` of the error, and 0.005 at least."""
+        return replace(self, error=max(share * self.error, LEAST))
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Steps, bases, foreseen sizes and tables; goes over the fleet once for every `MOST_MOMENTS` of moments.

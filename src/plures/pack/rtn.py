@@ -37,13 +37,16 @@ class Rtn:
         group: how many numbers of a row of B^T or A have one scale; 0 is a whole row.
         form: 'one' brings the factors into their one form first, 'given' leaves them as they are.
 
-    Source: textbook rounding; no paper is followed.
+    Raises: WrongUse for options out of range.
+    Paper: none is followed; it is textbook rounding.
+    Departs from the paper: there is none to depart from.
     """
 
     bits: int = 4
     group: int = 0
     form: Literal["one", "given"] = "one"
     bounds: ClassVar[bool] = False
+    free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -52,6 +55,10 @@ class Rtn:
             raise WrongUse(f"rtn.group must be at least 0, got {self.group}; 0 is a whole row")
         if self.form not in ("one", "given"):
             raise WrongUse(f"rtn.form must be 'one' or 'given', got {self.form!r}")
+
+    def finer(self, share: float) -> Rtn | None:
+        """None: the error follows from the bits."""
+        return None
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Nothing is shared."""

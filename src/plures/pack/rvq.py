@@ -49,7 +49,9 @@ class Rvq:
         stages: how many codewords are summed.
         seed: of the beginning of k-means.
 
-    Source: textbook; MoS, whose shards are trained and not fitted, gives only the form.
+    Raises: WrongUse for options out of range; BadInput for a fleet of nothing but zeros.
+    Paper: none is followed; residual quantisation is as in textbooks.
+    Departs from the paper: of MoS (arXiv:2410.00938), whose shards are trained and not fitted, it has only the form.
     """
 
     shards: int = 16
@@ -57,6 +59,7 @@ class Rvq:
     stages: int = 4
     seed: int = 0
     bounds: ClassVar[bool] = False
+    free: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for key in ("shards", "stages"):
@@ -64,6 +67,10 @@ class Rvq:
                 raise WrongUse(f"rvq.{key} must be at least 1, got {getattr(self, key)}")
         if not 2 <= self.codewords <= 1 << 16:
             raise WrongUse(f"rvq.codewords must be from 2 to 65536, got {self.codewords}; 256 is a byte each")
+
+    def finer(self, share: float) -> Rvq | None:
+        """None: the error follows from the codewords."""
+        return None
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """The codebooks of all kinds; goes over the fleet twice.

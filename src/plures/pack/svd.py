@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -37,13 +37,16 @@ class Svd:
         error: the relative error of leaving out, where `rank` is 0; from 0 and below 1.
         bits: of a number, from 2 to 8.
 
-    Source: textbook; no paper on adapters is followed.
+    Raises: WrongUse for options out of range.
+    Paper: none on adapters is followed; it is as in textbooks.
+    Departs from the paper: there is none to depart from.
     """
 
     rank: int = 0
     error: float = 0.1
     bits: int = 6
     bounds: ClassVar[bool] = False
+    free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -52,6 +55,10 @@ class Svd:
             raise WrongUse(f"svd.error must be from 0 and below 1, got {self.error}")
         if not 2 <= self.bits <= 8:
             raise WrongUse(f"svd.bits must be from 2 to 8, got {self.bits}")
+
+    def finer(self, share: float) -> Svd | None:
+        """With `share` of the error; None where the rank decides."""
+        return None if self.rank else replace(self, error=share * self.error)
 
     def fit(self, fleet: Fleet, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Nothing is shared."""

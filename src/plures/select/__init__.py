@@ -21,10 +21,12 @@ class Selector(Protocol):
     """A way to choose rows.
 
     `needs` names the parts of the pool that it reads: of "features", "graph", "labels", "target", "cost", "signatures",
-    "triplets" and "judge". Columns of scores are named by its text options, several with commas between. Class
-    variables say of which options that is not so: `may_lack`, the column may have nan; `by_group`, it parts the rows
-    into groups; `by_vector`, it holds vectors; `by_sum`, it is a sum of terms (`choice.terms`); `plain`, it names no
-    column. The flow makes ready what is needed and nothing else.
+    "triplets" and "judge"; "alike" is the labels' graph and "chosen" the rows of an earlier choice, where a recipe has
+    them. Columns of scores are named by its text options, several with commas between. Class variables say of which
+    options that is not so: `may_lack`, the column may have nan; `by_group`, it parts the rows into groups; `by_vector`,
+    it holds vectors; `by_sum`, it is a sum of terms (`choice.terms`); `plain`, it names no column. `greedy` has the
+    options by which it is the greedy loop alone, where it does more. There are no other class variables. The flow makes
+    ready what is needed and nothing else.
     """
 
     @property

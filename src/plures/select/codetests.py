@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from scipy.special import betaln
@@ -56,7 +56,7 @@ class Codetests:
     """
 
     problem: str = "prompt"
-    rule: str = "b4"
+    rule: Literal["b4", "codet"] = "b4"
     alpha_xy: float = 1e3
     beta_0: float = 1e5
     tests: int = 0
@@ -66,8 +66,6 @@ class Codetests:
     plain: ClassVar[frozenset[str]] = frozenset({"rule"})
 
     def __post_init__(self) -> None:
-        if self.rule not in ("b4", "codet"):
-            raise WrongUse(f"codetests.rule must be b4 or codet, got {self.rule!r}")
         if not self.alpha_xy > 0 or not self.beta_0 > 0:
             raise WrongUse(f"codetests.alpha_xy and codetests.beta_0 must be above 0, got {self.alpha_xy}, "
                            f"{self.beta_0}")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,7 @@ class Cover:
     quality: float = 0.0
     score: str = "quality"
     needs: ClassVar[frozenset[str]] = frozenset({"graph"})
+    greedy: ClassVar[Mapping[str, int]] = {"swaps": 0}
 
     def __post_init__(self) -> None:
         for name in ("swaps", "refresh", "exact"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class D3s:
     prompt: str = "prompt"
     advantage: str = "reward"
     m: int = 0
-    across: str = "batch"
+    across: Literal["batch", "prompt"] = "batch"
     normal: bool = True
     needs: ClassVar[frozenset[str]] = frozenset()
     by_group: ClassVar[frozenset[str]] = frozenset({"prompt"})
@@ -64,8 +64,6 @@ class D3s:
     def __post_init__(self) -> None:
         if self.m < 0 or self.m == 1:
             raise WrongUse(f"d3s.m must be 0 or at least 2, got {self.m}: one rollout has no variance")
-        if self.across not in ("batch", "prompt"):
-            raise WrongUse(f"d3s.across must be batch or prompt, got {self.across!r}")
         if self.across == "prompt" and not self.m:
             raise WrongUse("d3s.across is prompt, which needs m: say how many rollouts a prompt gives")
 

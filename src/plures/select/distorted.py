@@ -1,4 +1,4 @@
-"""Distorted greedy (Harshaw et al., ICML 2019): rows that cover the pool by more than they cost."""
+"""Rows that cover the pool by more than they cost: the distorted greedy choice of Harshaw et al., for one set."""
 
 from __future__ import annotations
 

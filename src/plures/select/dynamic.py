@@ -54,7 +54,7 @@ class Dynamic:
 
     chosen: str = "chosen"
     epsilon: float = 0.2
-    needs: ClassVar[frozenset[str]] = frozenset({"graph"})
+    needs: ClassVar[frozenset[str]] = frozenset({"graph", "chosen"})
     may_lack: ClassVar[frozenset[str]] = frozenset({"chosen"})
 
     def __post_init__(self) -> None:

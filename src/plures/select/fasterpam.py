@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from plures.choice.choose import best, in_order, swapped
 from plures.choice.greedy import Objective
@@ -47,15 +47,13 @@ class Fasterpam:
         their other start, is left out. Rows are put out by what they add.
     """
 
-    init: str = "random"
+    init: Literal["random", "build"] = "random"
     max_iter: int = 100
     exact: int = 3
     needs: ClassVar[frozenset[str]] = frozenset({"graph"})
     plain: ClassVar[frozenset[str]] = frozenset({"init"})
 
     def __post_init__(self) -> None:
-        if self.init not in ("random", "build"):
-            raise WrongUse(f"fasterpam.init must be random or build, got {self.init!r}")
         if self.max_iter < 1:
             raise WrongUse(f"fasterpam.max_iter must be at least 1, got {self.max_iter}")
         if self.exact < 0:

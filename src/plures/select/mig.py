@@ -56,7 +56,7 @@ class Mig:
     norm: bool = False
     score: str = "quality"
     alpha: float = 1.0
-    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+    needs: ClassVar[frozenset[str]] = frozenset({"labels", "alike"})
 
     def __post_init__(self) -> None:
         if not 0 < self.phi < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class Milo:
 
     epochs: int = 6
     kappa: float = 1 / 6
-    represent: str = "cut"
+    represent: Literal["cut", "cover"] = "cut"
     lam: float = 0.4
     epsilon: float = 0.1
     temperature: float = 1.0
@@ -86,8 +86,6 @@ class Milo:
         for name, most in (("kappa", 1), ("lam", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise WrongUse(f"milo.{name} must be in [0, {most}], got {getattr(self, name)}")
-        if self.represent not in ("cut", "cover"):
-            raise WrongUse(f"milo.represent must be cut or cover, got {self.represent!r}")
         if not 0 < self.epsilon < 1:
             raise WrongUse(f"milo.epsilon must be in (0, 1), got {self.epsilon}")
         if self.temperature <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numba import njit
@@ -16,7 +16,6 @@ from plures.core.folder import method
 from plures.tensors.rng import Rng
 
 Array = np.ndarray[Any, Any]
-RULES = ("borda", "sntv", "chamberlin_courant")
 
 
 @method(
@@ -55,13 +54,11 @@ class Multiwinner:
     """
 
     judges: str = "quality"
-    rule: str = "borda"
+    rule: Literal["borda", "sntv", "chamberlin_courant"] = "borda"
     needs: ClassVar[frozenset[str]] = frozenset()
     plain: ClassVar[frozenset[str]] = frozenset({"rule"})
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise WrongUse(f"multiwinner.rule must be {', '.join(RULES[:-1])} or {RULES[-1]}, got {self.rule!r}")
         names = self.names()
         if not all(names) or len(set(names)) < len(names):
             raise WrongUse(f"multiwinner.judges names columns, each once, with commas between; got {self.judges!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -53,14 +53,10 @@ class Prof:
     prompt: str = "prompt"
     correct: str = "correct"
     process: str = "reward"
-    filter: str = "both"
+    filter: Literal["both", "correct"] = "both"
     needs: ClassVar[frozenset[str]] = frozenset()
     by_group: ClassVar[frozenset[str]] = frozenset({"prompt"})
     plain: ClassVar[frozenset[str]] = frozenset({"filter"})
-
-    def __post_init__(self) -> None:
-        if self.filter not in ("both", "correct"):
-            raise WrongUse(f"prof.filter must be both or correct, got {self.filter!r}")
 
     def choose(self, pool: Pool, budget: Budget, rng: Rng) -> Selection:
         """The rollouts on which verdict and process agree, in rounds over the prompts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numba import njit
@@ -55,7 +55,7 @@ class Tacred:
         neighbour in the graph counts as clean.
     """
 
-    strategy: str = "intrinsic"
+    strategy: Literal["intrinsic", "extrinsic"] = "intrinsic"
     label: str = "label"
     negative: str = "no_relation"
     k: int = 10
@@ -67,8 +67,6 @@ class Tacred:
     plain: ClassVar[frozenset[str]] = frozenset({"strategy", "negative"})
 
     def __post_init__(self) -> None:
-        if self.strategy not in ("intrinsic", "extrinsic"):
-            raise WrongUse(f"tacred.strategy must be intrinsic or extrinsic, got {self.strategy!r}")
         if self.k < 1:
             raise WrongUse(f"tacred.k must be at least 1, got {self.k}")
         if self.strategy == "extrinsic" and not self.clean:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -26,6 +27,7 @@ from plures.store.access import Key, Tenant
 
 MAX_BODY_BYTES = 8 << 20
 EVERYBODY = Tenant("everybody")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BODY_S = 60.0
 _OWN = "script-src 'self'; style-src 'self'; connect-src 'self'"
 _CSP = f"default-src 'none'; {_OWN}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -76,6 +78,33 @@ class Edge:
             await JSONResponse(body, 413, {"connection": "close"})(scope, receive, noted)
             return
         await self.app(scope, counted, noted)
+
+
+class FromHere:
+    """Refuses what a browser sends for another site: serving without keys is for this machine's own programs.
+
+    A page from anywhere may let its reader's browser ask a server on the loopback, and, where its name is made to mean
+    127.0.0.1, read the answers. The Host that is asked and the page's Origin tell it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = dict(scope["headers"]) if scope["type"] == "http" else {}
+        asked = [b + sent[h] for b, h in ((b"//", b"host"), (b"", b"origin")) if h in sent]
+        if all(map(_is_loopback, asked)):
+            await self.app(scope, receive, send)
+            return
+        said = "open serving (no keys) answers to localhost alone, and to no page of another site; serve with keys"
+        await JSONResponse(shape(said, "permission_error", "not_local"), 403)(scope, receive, send)
+
+
+def _is_loopback(place: bytes) -> bool:
+    try:
+        return urlsplit(place.decode("latin-1")).hostname in LOOPBACK
+    except ValueError:
+        return False
 
 
 class Keys:

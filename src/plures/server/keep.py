@@ -8,8 +8,8 @@ from plures.core.errors import BadInput
 from plures.engine.limits import Settings
 from plures.engine.model import load_base
 from plures.engine.packed import FOLDER
-from plures.engine.schedule import Share
 from plures.engine.serving import Engine
+from plures.engine.share import Share
 from plures.flows.desk import Desk
 from plures.store.access import Tenant
 
@@ -69,4 +69,4 @@ class Keeper:
         self._stopping.set()
         self.engine.stop(grace_s)
         if self._thread.ident is not None:
-            self._thread.join(grace_s)
+            self._thread.join(REFRESH_S)

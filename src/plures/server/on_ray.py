@@ -24,7 +24,7 @@ from plures.engine.model import load_tokenizer
 from plures.flows.desk import Desk
 from plures.server.replicas import Replicas
 from plures.server.routing import Table
-from plures.server.run import Doors, check_open
+from plures.server.run import LAST_S, Doors, check_open
 from plures.server.wire import Refusal, Stream
 
 MOST_ONGOING = 1 << 14  # above what an engine admits: it says itself when there is too much
@@ -95,8 +95,9 @@ class OnRay:
 
     def stop(self, grace_s: float = 30.0) -> None:
         """Take no new requests, finish or fail those that run within `grace_s`, close the ports, end the processes."""
+        until = time.monotonic() + grace_s
         self.serving.stop(grace_s)
-        self._doors.stop(grace_s)
+        self._doors.stop(max(LAST_S, until - time.monotonic()))
         if self._ray is not None:
             self._ray.stop()
         self.desk.close()

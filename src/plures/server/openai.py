@@ -40,7 +40,7 @@ WhoAsks = Callable[[Request], Tenant]
 def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks,
            routes: Table = MappingProxyType({})) -> APIRouter:  # fmt: skip
     """The routes under /v1; `routes` are names that stand for several variants."""
-    routed = Router(desk, serving, routes)
+    routed = Router(desk, serving, routes, metrics)
     made, dice = APIRouter(prefix="/v1"), random.Random()
     waiting = ThreadPoolExecutor(_MOST_SUBMITS, "plures-submit") if serving.waits else None
 
@@ -72,7 +72,7 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks,
         return put(request, asked, prompts, mailbox)
 
     def put(request: Request, asked: Asked, prompts: Sequence[Sequence[int]], mailbox: Mailbox) -> Job:
-        tenant = who(request)
+        tenant = who(request)  # again: since the body began to come the key may have ended
         target = desk.resolve(asked.model, tenant, dice.random())
         answer = Answer.to(asked, len(prompts), target.ref, desk.store.base.hash)
         job = Job(serving, metrics, tenant, target, answer, mailbox, [], time.monotonic(), {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Replica:
         self._engine = self._keeper.engine
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._fronts: dict[str, _Front] = {}
+        self._left: deque[str] = deque(maxlen=1024)  # fronts that ask no more
 
         async def held(identity: str) -> str:
             """Nothing is loaded here: the engine's tiers do that, and Ray learns where it is."""
@@ -84,7 +86,7 @@ class Replica:
 
     async def listen(self, front: str, replica: str) -> AsyncIterator[Told]:
         """All pieces for a front, as they come; where it listens no more, its requests end."""
-        if replica != self._name:
+        if replica != self._name or front in self._left:
             return
         who = self._front(front)
         if who.heard and not who.left:  # it has lost what it heard before, and has given up those requests
@@ -111,7 +113,10 @@ class Replica:
 
     async def leave(self, front: str) -> None:
         """A front that asks no more: end its requests, and what it hears."""
-        who = self._front(front)  # one that begins to listen only now hears that it has left
+        self._left.append(front)  # one that begins to listen only now hears nothing
+        if front not in self._fronts:
+            return
+        who = self._fronts[front]
         who.left = True
         who.deliver_to(-1)(Piece(finish="cancelled"))
         self._end(who, list(who.tickets))

@@ -86,7 +86,8 @@ class Replicas:
 
     def stop(self, grace_s: float) -> None:
         """Take no more requests; those that run may end within `grace_s`, the others end with an error."""
-        self._stopping.set()
+        with self._lock:
+            self._stopping.set()
         until = time.monotonic() + grace_s
         while self._flights and time.monotonic() < until:
             time.sleep(0.01)
@@ -121,12 +122,12 @@ class Replicas:
 
     def submit(self, ask: Ask, deliver: Callable[[Piece], None]) -> int:
         """Put a request to a replica, and wait until one has taken it; see `Serving`."""
-        if self._stopping.is_set():
-            raise Overloaded(STOPPING, 30.0)
-        with self._lock:
+        with self._lock:  # `stop` looks at the flights after it has said so: what is in them by then is ended by it
+            if self._stopping.is_set():
+                raise Overloaded(STOPPING, 30.0)
             self._next += 1
             flight = self._flights[self._next] = _Flight(self._next, ask, deliver)
-        self._soon(self._begin, flight)
+            self._soon(self._begin, flight)
         try:
             flight.taken.result(TAKEN_S)
         except TooLong:
@@ -139,9 +140,6 @@ class Replicas:
         flight = self._flights.get(ticket)
         if flight is not None:
             self._soon(self._cancel, flight)
-
-    def pin(self, identities: frozenset[str]) -> None:
-        """Nothing: pins are in the store, and every replica looks there."""
 
     def _soon(self, what: Callable[..., None], *args: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed, all has ended

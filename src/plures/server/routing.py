@@ -17,10 +17,11 @@ import torch
 
 from plures.core.errors import WrongUse, nearest
 from plures.engine.ask import Ask, Sampling, Serving
-from plures.flows.desk import THE_BASE, Desk, NotFound
+from plures.flows.desk import THE_BASE, Desk, NotFound, Target
 from plures.route.posterior import Posterior
 from plures.server.errors import Refused
 from plures.server.job import Mailbox
+from plures.server.metrics import Metrics
 from plures.store.access import Tenant
 from plures.store.names import check_name, shown
 
@@ -68,8 +69,8 @@ class Router:
     Raises: WrongUse for a name that a variant has, or a member that is not there.
     """
 
-    def __init__(self, desk: Desk, serving: Serving, table: Table) -> None:
-        self.desk, self.serving, self.table = desk, serving, table
+    def __init__(self, desk: Desk, serving: Serving, table: Table, metrics: Metrics) -> None:
+        self.desk, self.serving, self.table, self.metrics = desk, serving, table, metrics
         have = set(desk.store.names()) if table else set()
         for name, routed in table.items():
             if name in have:
@@ -107,22 +108,23 @@ class Router:
                            "request; send them one by one")  # fmt: skip
         routed = self.table[model]
         targets = [self.desk.resolve(member, tenant) for member in routed.members]
-        nats = await self._read(tenant, [t.identity for t in targets], tuple(prompts[0]))
+        nats = await self._read(tenant, targets, tuple(prompts[0]))
         way = Posterior(prior=",".join(map(repr, routed.prior)))
         past = torch.tensor(nats, dtype=torch.float64)
         return targets[int(way.weigh(past[:, None], past).argmax())].ref
 
-    async def _read(self, tenant: Tenant, identities: Sequence[str], prompt: tuple[int, ...]) -> list[float]:
-        """How likely the prompt is to each member, in nats."""
-        mailbox, tickets, nats = Mailbox(), list[int](), [0.0] * len(identities)
+    async def _read(self, tenant: Tenant, targets: Sequence[Target], prompt: tuple[int, ...]) -> list[float]:
+        """How likely the prompt is to each member, in nats; what each has read is in the metrics."""
+        mailbox, tickets, nats = Mailbox(), list[int](), [0.0] * len(targets)
         try:
-            for at, identity in enumerate(identities):
-                ask = Ask(tenant.name, identity, prompt, Sampling(1), weighed=True)
+            for at, target in enumerate(targets):
+                ask = Ask(tenant.name, target.identity, prompt, Sampling(1), weighed=True)
                 put = partial(self.serving.submit, ask, mailbox.deliver_to(at))
                 tickets.append(await asyncio.to_thread(put) if self.serving.waits else put())
             left = len(tickets)
             while left:
                 for at, piece in await mailbox.take():
+                    self.metrics.spent(tenant.name, targets[at].ref, piece)
                     if piece.finish in ("error", "cancelled"):
                         raise Refused(503, piece.error or "the prompt could not be read")
                     nats[at] = piece.nats

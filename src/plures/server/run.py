@@ -18,10 +18,12 @@ from plures.engine.ask import Serving
 from plures.engine.limits import Settings
 from plures.flows.desk import Desk
 from plures.server.admin import make_admin
-from plures.server.app import EVERYBODY, make_app
+from plures.server.app import EVERYBODY, LOOPBACK, FromHere, make_app
 from plures.server.batch_form import make_runner
 from plures.server.keep import Keeper
 from plures.server.routing import Table
+
+LAST_S = 2.0  # to say the last word to callers, whatever the grace
 
 
 class Server(uvicorn.Server):
@@ -44,7 +46,8 @@ class Doors:
     ) -> None:  # fmt: skip
         check_open(host, open)
         self._runner = make_runner(desk, serving, EVERYBODY if open else None)
-        self._servers = [_listen(make_app(desk, serving, open=open, runner=self._runner, routes=routes), host, port)]
+        app = make_app(desk, serving, open=open, runner=self._runner, routes=routes)
+        self._servers = [_listen(FromHere(app) if open else app, host, port)]
         try:
             if admin_port is not None:
                 self._servers.append(_listen(make_admin(desk, serving), host, admin_port))
@@ -71,12 +74,13 @@ class Doors:
         self._runner.start()
 
     def stop(self, grace_s: float) -> None:
-        """Leave the batches for the next start, and close the ports."""
+        """Leave the batches for the next start, and close the ports within `grace_s`."""
+        until = time.monotonic() + grace_s
         self._runner.stop()
         for server, _ in self._servers:
             server.should_exit = True
         for thread in self._threads:
-            thread.join(grace_s)
+            thread.join(max(0.0, until - time.monotonic()))
         self._close()
 
     def _close(self) -> None:
@@ -86,7 +90,7 @@ class Doors:
 
 def check_open(host: str, open: bool) -> None:
     """Raises: WrongUse where everybody on the network would be answered without a key."""
-    if open and host not in ("127.0.0.1", "::1", "localhost"):
+    if open and host not in LOOPBACK:
         raise WrongUse(f"open serving (no keys) on {host!r} would answer everybody; serve with keys: plures key")
 
 
@@ -134,14 +138,19 @@ class Service:
 
     def start(self) -> Service:
         """Answer from now on; returns once the ports are open."""
-        self._keeper.start()
-        self._doors.start()
+        try:
+            self._keeper.start()
+            self._doors.start()
+        except BaseException:
+            self.stop(0.0)
+            raise
         return self
 
     def stop(self, grace_s: float = 30.0) -> None:
         """Take no new requests, finish or fail those that run within `grace_s`, and close the ports."""
+        until = time.monotonic() + grace_s
         self._keeper.stop(grace_s)
-        self._doors.stop(grace_s)
+        self._doors.stop(max(LAST_S, until - time.monotonic()))
         self.desk.close()
 
     def __enter__(self) -> Service:

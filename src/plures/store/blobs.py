@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from plures.core.errors import BadInput, StoreBusy, disk
 from plures.tensors import safe
+from plures.tensors.together import sync_folder
 
 _BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"[0-9a-f]{32}\.(safetensors|db(-wal|-shm|-journal)?)")
@@ -81,19 +82,27 @@ class Blobs:
             self.tmp.mkdir(exist_ok=True)
             try:
                 with temporary.open("xb") as f:
+                    self._as_open_as("fleet.db", f.fileno(), 0o666)
                     f.write(data)
                     f.flush()
                     os.fsync(f.fileno())
                 new = not target.parent.is_dir()
-                target.parent.mkdir(parents=True, exist_ok=True)
+                if new:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self._as_open_as("blobs", target.parent, 0o7777)
                 os.replace(temporary, target)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-            safe.sync_folder(target.parent)
+            sync_folder(target.parent)
             if new:
-                safe.sync_folder(self.folder)
+                sync_folder(self.folder)
         return hash
+
+    def _as_open_as(self, name: str, mine: int | Path, bits: int) -> None:
+        """Let those read (and write) what is `mine` who may do so with a part of the fleet, whatever the umask is."""
+        with suppress(FileNotFoundError, PermissionError):  # another publisher's folder is as that one made it
+            os.chmod(mine, os.stat(self.root / name).st_mode & bits)
 
     def read(self, hash: bytes, spots: Iterable[Spot]) -> dict[Spot, Tensor]:
         """The tensors in these spots of a blob, views of few large reads; what they hash to is for the caller to check.

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from plures.core.errors import BadInput, WrongUse, disk
-from plures.store import check, index, load, publish, sweep, versions
+from plures.store import check, index, load, publish, schema, sweep, versions
 from plures.store.blobs import Blobs
 from plures.store.by_identity import load_identity
 from plures.store.names import check_alias, check_name, check_text, parse, shown
 from plures.store.unpack import Codecs
 from plures.store.versions import Score, Version
-from plures.tensors.safe import sync_folder
+from plures.tensors.together import sync_folder
 from plures.tensors.variant import BaseRef, Variant
 
 _DATABASE = "fleet.db"
@@ -61,7 +63,8 @@ class Store:
                 blobs.folder.mkdir(exist_ok=True)
                 blobs.tmp.mkdir(exist_ok=True)
                 temporary = blobs.temporary("db")
-                index.create(temporary, (base.name, base.revision, base.hash))
+                index.create(temporary, schema.APPLICATION_ID, schema.MIGRATIONS, lambda db: db.execute(
+                    "INSERT INTO base VALUES (1, ?, ?, ?)", (base.name, base.revision, base.hash)))  # fmt: skip
                 os.replace(temporary, path / _DATABASE)
                 sync_folder(path)
                 sync_folder(path.parent)
@@ -73,8 +76,10 @@ class Store:
 
         Raises: BadInput (not a fleet, a damaged one, or one of a newer Plures), StoreBusy, DiskTrouble.
         """
-        path = Path(path)
-        if not (path / _DATABASE).is_file():
+        path, there = Path(path), False
+        with disk(path, "read"), suppress(FileNotFoundError, NotADirectoryError):
+            there = stat.S_ISREG(os.stat(path / _DATABASE).st_mode)
+        if not there:
             kind = "is not a fleet: it has no fleet.db" if path.is_dir() else "is not a folder"
             raise BadInput(f"{str(path)!r} {kind}; make one with `plures init`")
         opened = index.Index(path / _DATABASE, wait_s)
@@ -101,6 +106,22 @@ class Store:
     ) -> None:
         """Close the fleet."""
         self.close()
+
+    def move_base(self, base: BaseRef) -> None:
+        """Note where the base is now; a fleet that may not be written has it there for this object alone.
+
+        Raises: BadInput where it is another base, by its hash; WrongUse, StoreBusy, DiskTrouble.
+        """
+        if base.hash != self.base.hash:
+            raise BadInput(f"{str(self.path)!r} is a fleet of {self.base.name!r}, not of {base.name!r}: other weights")
+        if base == self.base:
+            return
+        check_text(base.name, "base name")
+        check_text(base.revision, "base revision", empty=True)
+        if self._index.writable:
+            with self._index.write() as db:
+                db.execute("UPDATE base SET name = ?, revision = ?", (base.name, base.revision))
+        self.base = base
 
     def publish(
         self,
@@ -168,6 +189,11 @@ class Store:
         Raises: WrongUse where no version is that variant, BadInput where a blob is damaged.
         """
         return load_identity(self._index, self._blobs, identity, self._codecs)
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process may write the fleet."""
+        return self._index.writable
 
     @property
     def data_version(self) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 raise StoreBusy(f"{where} is held by another process ({error}); nothing changed, try again") from error
             case sqlite3.SQLITE_FULL:
-                raise DiskTrouble(f"cannot write {where}: the disk is full; nothing was changed") from error
+                raise DiskTrouble(f"cannot write {where}: the disk is full; nothing was changed", True) from error
             case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
                 raise DiskTrouble(f"cannot write {where}: no permission ({error}); nothing was changed") from error
             case sqlite3.SQLITE_IOERR:
@@ -38,7 +38,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _connect(path: Path, wait_s: float, writable: bool) -> sqlite3.Connection:
+def connect(path: Path, wait_s: float, writable: bool = True) -> sqlite3.Connection:
     """A connection to an existing database, with the settings every one of ours has."""
     query = "mode=rw"
     if not writable:
@@ -58,6 +58,24 @@ def _connect(path: Path, wait_s: float, writable: bool) -> sqlite3.Connection:
     return db
 
 
+@contextmanager
+def transaction(db: sqlite3.Connection, path: Path, begin: str, keep: bool = False) -> Iterator[sqlite3.Connection]:
+    """A transaction on the database at `path`, undone at the end but for `keep`.
+
+    Raises: StoreBusy, DiskTrouble, BadInput.
+    """
+    with sqlite_errors(path):
+        db.execute(begin)
+        try:
+            yield db
+            if keep:
+                db.execute("COMMIT")
+        finally:
+            if db.in_transaction:  # SQLite has already undone it by itself after a full disk
+                with suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+
+
 class Index:
     """The open database of a fleet. Threads take turns on one connection; a forked process opens its own."""
 
@@ -72,14 +90,13 @@ class Index:
         self._turn = threading.RLock()
         self._open = True
         with sqlite_errors(path):
-            self._db = _connect(path, wait_s, self.writable)
+            self._db = connect(path, wait_s, self.writable)
         try:
             with self.read() as db:
-                schema.check_known(db, str(path))
-                old = schema.user_version(db) < len(schema.MIGRATIONS)
+                old = schema.check_known(db, str(path), schema.APPLICATION_ID, schema.MIGRATIONS)
             if old:
                 with self.write() as db:
-                    schema.migrate(db)
+                    schema.migrate(db, schema.MIGRATIONS)
         except BaseException:
             self.close()
             raise
@@ -91,12 +108,11 @@ class Index:
                 self._open = False
                 self._db.close()
 
-    def _begin(self, how: str) -> None:
+    def _check_open(self) -> None:
         if not self._open:
             raise WrongUse(f"the fleet {str(self.path.parent)!r} is closed; open it again with Store.open")
         if os.getpid() != self._pid:  # SQLite's locks do not survive a fork
             raise WrongUse(f"the fleet {str(self.path.parent)!r} was opened before a fork; open it in this process")
-        self._db.execute(how)
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -104,12 +120,10 @@ class Index:
 
         Raises: StoreBusy, DiskTrouble, BadInput.
         """
-        with self._turn, sqlite_errors(self.path):
-            self._begin("BEGIN")
-            try:
-                yield self._db
-            finally:
-                self._back()
+        with self._turn:
+            self._check_open()
+            with transaction(self._db, self.path, "BEGIN") as db:
+                yield db
 
     @contextmanager
     def write(self, keep: bool = True) -> Iterator[sqlite3.Connection]:
@@ -118,15 +132,11 @@ class Index:
         IMMEDIATE takes the write lock at the start: what is read inside cannot change before it is written.
         Raises: StoreBusy, DiskTrouble, BadInput.
         """
-        with self._turn, sqlite_errors(self.path):
+        with self._turn:
             self.check_writable()
-            self._begin("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                if keep:
-                    self._db.execute("COMMIT")
-            finally:
-                self._back()
+            self._check_open()
+            with transaction(self._db, self.path, "BEGIN IMMEDIATE", keep) as db:
+                yield db
 
     @property
     def data_version(self) -> tuple[int, int]:
@@ -135,11 +145,6 @@ class Index:
             if not self._open:
                 raise WrongUse(f"the fleet {str(self.path.parent)!r} is closed; open it again with Store.open")
             return int(self._db.execute("PRAGMA data_version").fetchone()[0]), self._db.total_changes
-
-    def _back(self) -> None:
-        if self._db.in_transaction:  # SQLite has already undone it by itself after a full disk
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
 
     def check_writable(self) -> None:
         """Pass where this process may write the fleet.
@@ -150,8 +155,10 @@ class Index:
             raise DiskTrouble(f"cannot write {str(self.path)!r}: no permission; the fleet was opened for reading")
 
 
-def create(path: Path, base: tuple[str, str, str]) -> None:
-    """Make a new database at `path`, whole and closed, with `base` as its one row (name, revision, hash).
+def create(path: Path, id: int, scripts: Sequence[str],
+           fill: Callable[[sqlite3.Connection], object] | None = None) -> None:  # fmt: skip
+    """Make a new database of application `id` at `path`, whole and closed, with the tables of `scripts` and what `fill`
+    puts into them.
 
     Raises: DiskTrouble.
     """
@@ -161,9 +168,10 @@ def create(path: Path, base: tuple[str, str, str]) -> None:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             db.execute("BEGIN IMMEDIATE")
-            db.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-            schema.migrate(db)
-            db.execute("INSERT INTO base VALUES (1, ?, ?, ?)", base)
+            db.execute(f"PRAGMA application_id = {id}")
+            schema.migrate(db, scripts)
+            if fill is not None:
+                fill(db)
             db.execute("COMMIT")
         finally:
             db.close()

@@ -12,7 +12,7 @@ from plures.store.blobs import Blobs, Spot
 from plures.store.content import whole_manifest
 from plures.store.index import Index
 from plures.store.names import Ref
-from plures.store.unpack import METHOD, SHARED, Codecs, as_plain
+from plures.store.unpack import GROUP, METHOD, SHARED, Codecs, as_plain
 from plures.store.versions import find_version
 from plures.tensors.safe import tensor_hash
 from plures.tensors.variant import Variant, from_flat, identity_of
@@ -69,11 +69,13 @@ def load(index: Index, blobs: Blobs, ref: Ref, check: bool, codecs: Codecs | Non
 def _decoded(blobs: Blobs, where: Where, said: str, check: bool, manifest: dict[str, Any], codecs: Codecs) -> Variant:
     """A packed variant as plain LoRA; what many share is read once."""
     hash = where[SHARED][0].hex() if SHARED in where else ""
-    known = codecs.known(manifest, hash)
-    read = {k: w for k, w in where.items() if k != SHARED or not known}
+    codec = codecs.find(manifest, hash)
+    read = {k: w for k, w in where.items() if k != SHARED or codec is None}
     packed = from_flat(manifest, _read_all(blobs, read, said, check), repr(said))
     try:
-        return as_plain(packed, codecs.get(manifest, hash, packed.pool["pack"].get("shared")))
+        if codec is None:
+            codec = codecs.make(manifest, hash, packed.pool[GROUP]["shared"])
+        return as_plain(packed, codec)
     except (BadInput, KeyError) as error:
         raise BadInput(f"{said!r} cannot be decoded: {error}") from error
 

@@ -1,15 +1,19 @@
-"""The tables of fleet.db, as numbered scripts; `PRAGMA user_version` counts those a database has been through.
+"""The tables of fleet.db, as numbered scripts, and what brings a database of such scripts up to date.
 
-A script that has been released is never edited: the next change is the next script.
+`PRAGMA user_version` counts the scripts a database has been through, `PRAGMA application_id` says whose it is. A script
+that has been released is never edited: the next change is the next script. serve.db has its scripts in `serve_db`.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
 from plures.core.errors import BadInput
 
 APPLICATION_ID = 0x506C7572  # "Plur": tells a fleet from any other SQLite file
+OTHER = "is a SQLite database but not a fleet; give the folder that `plures init` made"
+NEWER = "has schema {version}, this Plures knows up to {known}; update Plures to open it"
 
 # Site tensors are small and many, so a row is small: hashes are 32 raw bytes, and what repeats (tensor names, shapes,
 # the list of sites) is interned. `place` and `form` are never emptied: they hold a few names per base.
@@ -98,21 +102,26 @@ def user_version(db: sqlite3.Connection) -> int:
     return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
-def check_known(db: sqlite3.Connection, where: str) -> None:
-    """Pass where the database is a fleet whose schema this Plures knows, or an older one.
+def check_known(db: sqlite3.Connection, where: str, id: int, scripts: Sequence[str], other: str = OTHER,
+                newer: str = NEWER) -> bool:  # fmt: skip
+    """Whether the schema is older than `scripts`; passes where it is one that this Plures knows.
 
-    Raises: BadInput for another application's database, or a newer schema.
+    Raises: BadInput for another application's database (`other` says so), a newer schema (`newer`), or one that never
+        was.
     """
-    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise BadInput(f"{where!r} is a SQLite database but not a fleet; give the folder that `plures init` made")
-    version, known = user_version(db), len(MIGRATIONS)
+    version, known = user_version(db), len(scripts)
+    if db.execute("PRAGMA application_id").fetchone()[0] != id:
+        raise BadInput(f"{where!r} {other.format(version=version, known=known)}")
+    if version < 1:
+        raise BadInput(f"{where!r} has schema {version}, which no Plures has written; restore it from a copy")
     if version > known:
-        raise BadInput(f"{where!r} has schema {version}, this Plures knows up to {known}; update Plures to open it")
+        raise BadInput(f"{where!r} {newer.format(version=version, known=known)}")
+    return version < known
 
 
-def migrate(db: sqlite3.Connection) -> None:
+def migrate(db: sqlite3.Connection, scripts: Sequence[str]) -> None:
     """Bring a database to the newest schema; called inside a write transaction, which makes it all or nothing."""
-    for script in MIGRATIONS[user_version(db) :]:
+    for script in scripts[user_version(db) :]:
         for statement in statements(script):
             db.execute(statement)
-    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute(f"PRAGMA user_version = {len(scripts)}")

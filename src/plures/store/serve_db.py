@@ -6,14 +6,14 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from plures.core.errors import BadInput, WrongUse, disk
 from plures.store.blobs import Blobs
-from plures.store.index import sqlite_errors
-from plures.store.schema import statements, user_version
-from plures.tensors.safe import sync_folder
+from plures.store.index import connect, create, sqlite_errors, transaction
+from plures.store.schema import check_known, migrate
+from plures.tensors.together import sync_folder
 
 FILE = "serve.db"
 APPLICATION_ID = 0x506C7573  # "Plus": tells it from a fleet.db, and from any other SQLite file
@@ -46,6 +46,8 @@ CREATE TRIGGER log_keeps BEFORE DELETE ON log BEGIN SELECT RAISE(ABORT, 'the log
 """
 
 MIGRATIONS: tuple[str, ...] = (_FIRST,)
+_STRANGE = ("is of another program, or of a newer Plures (schema {version}, this one knows up to {known}); "
+            "update Plures, or move the file away")  # fmt: skip
 
 
 class Database:
@@ -70,12 +72,12 @@ class Database:
         try:
             with sqlite_errors(self.path):
                 for _ in self._turns:
-                    self._dbs.append(_connect(self.path, wait_s))
+                    self._dbs.append(connect(self.path, wait_s))
             with self.read() as db:
-                old = _check_known(db, str(self.path))
+                old = check_known(db, str(self.path), APPLICATION_ID, MIGRATIONS, _STRANGE, _STRANGE)
             if old:
                 with self.write() as db:
-                    _migrate(db)
+                    migrate(db, MIGRATIONS)
         except BaseException:
             self.close()
             raise
@@ -90,15 +92,14 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """One snapshot. Raises: StoreBusy, DiskTrouble, BadInput."""
-        with self._turns[0], self._within(0, "BEGIN") as db:
+        with self._turns[0], self._within(0) as db:
             yield db
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """One transaction, all or nothing. Raises: StoreBusy, DiskTrouble, BadInput."""
-        with self._turns[1], self._within(1, "BEGIN IMMEDIATE") as db:
+        with self._turns[1], self._within(1) as db:
             yield db
-            db.execute("COMMIT")
 
     def stamp(self) -> int:
         """A number that is another one after every change, by whichever process."""
@@ -106,30 +107,12 @@ class Database:
             return int(db.execute("PRAGMA data_version").fetchone()[0])
 
     @contextmanager
-    def _within(self, which: int, begin: str) -> Iterator[sqlite3.Connection]:
+    def _within(self, which: int) -> Iterator[sqlite3.Connection]:
         if not self._open or os.getpid() != self._pid:  # SQLite's locks do not survive a fork
             why = "is closed" if not self._open else "was opened before a fork"
             raise WrongUse(f"the access of the fleet {str(self.path.parent)!r} {why}; open it again with Access.open")
-        db = self._dbs[which]
-        with sqlite_errors(self.path):
-            db.execute(begin)
-            try:
-                yield db
-            finally:
-                if db.in_transaction:
-                    with suppress(sqlite3.Error):
-                        db.execute("ROLLBACK")
-
-
-def _connect(path: Path, wait_s: float) -> sqlite3.Connection:
-    uri = f"{path.resolve().as_uri()}?mode=rw"
-    db = sqlite3.connect(uri, uri=True, timeout=wait_s, isolation_level=None, check_same_thread=False)
-    try:
-        db.execute("PRAGMA synchronous = FULL")  # a revoked key stays revoked, whatever happens to the power
-    except BaseException:
-        db.close()
-        raise
-    return db
+        with transaction(self._dbs[which], self.path, ("BEGIN", "BEGIN IMMEDIATE")[which], keep=bool(which)) as db:
+            yield db
 
 
 def _lacking(path: Path) -> bool:
@@ -151,34 +134,7 @@ def _create(fleet: Path, wait_s: float) -> None:
             temporary = blobs.temporary("db")
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             os.chmod(temporary, 0o600)
-        with sqlite_errors(fleet / FILE):
-            db = sqlite3.connect(temporary, isolation_level=None)
-            try:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute("BEGIN IMMEDIATE")
-                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                _migrate(db)
-                db.execute("COMMIT")
-            finally:
-                db.close()
+        create(temporary, APPLICATION_ID, MIGRATIONS)
         with disk(fleet / FILE):
             os.replace(temporary, fleet / FILE)
             sync_folder(fleet)
-
-
-def _check_known(db: sqlite3.Connection, where: str) -> bool:
-    """Whether the database has an older schema. Raises: BadInput for a newer one, or another application's file."""
-    version, known = user_version(db), len(MIGRATIONS)
-    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID or version > known:
-        raise BadInput(f"{where!r} is of another program, or of a newer Plures (schema {version}, this one knows up to "
-                       f"{known}); update Plures, or move the file away")  # fmt: skip
-    return version < known
-
-
-def _migrate(db: sqlite3.Connection) -> None:
-    """Bring the database to the newest schema; inside a write transaction, which makes it all or nothing."""
-    for script in MIGRATIONS[user_version(db) :]:
-        for statement in statements(script):
-            db.execute(statement)
-    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")

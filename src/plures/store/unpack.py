@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,35 +14,36 @@ from plures.core.errors import BadInput, PluresError
 from plures.pack import Codec, packs
 from plures.tensors import safe
 from plures.tensors.site import Site
-from plures.tensors.variant import Variant
+from plures.tensors.variant import Variant, plain_lora
 
 METHOD, GROUP = "packed", "pack"
-CODE, SHARED = f"pool/{GROUP}/code", f"pool/{GROUP}/shared"
+SHARED = f"pool/{GROUP}/shared"
 MOST_CODECS = 4
 
 
 class Codecs:
-    """What decodes, made once for all variants that share it."""
+    """What decodes, made once for all variants that share it; threads may ask at the same time."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, str], Codec] = {}
+        self._lock = Lock()
 
-    def known(self, manifest: Mapping[str, Any], shared_hash: str) -> bool:
-        """Whether what these variants share is in memory already."""
-        return (_said(manifest), shared_hash) in self._made
+    def find(self, manifest: Mapping[str, Any], shared_hash: str) -> Codec | None:
+        """The codec of a packed variant's manifest, where it is in memory; it stays the caller's when others go."""
+        with self._lock:
+            return self._made.get((_said(manifest), shared_hash))
 
-    def get(self, manifest: Mapping[str, Any], shared_hash: str, shared: Tensor | None) -> Codec:
-        """The codec of a packed variant's manifest; `shared` may be None where it is known.
+    def make(self, manifest: Mapping[str, Any], shared_hash: str, shared: Tensor) -> Codec:
+        """The codec of a packed variant's manifest and what it shares, kept for the next one.
 
         Raises: BadInput for a packer that this Plures does not have, or damaged content.
         """
-        key = _said(manifest), shared_hash
-        if key not in self._made:
-            assert shared is not None, "not known yet"
+        made = codec_of(manifest, shared)
+        with self._lock:
             while len(self._made) >= MOST_CODECS:
                 self._made.pop(next(iter(self._made)))
-            self._made[key] = codec_of(manifest, shared)
-        return self._made[key]
+            self._made[_said(manifest), shared_hash] = made
+        return made
 
 
 def codec_of(manifest: Mapping[str, Any], shared: Tensor) -> Codec:
@@ -68,8 +70,7 @@ def as_plain(packed: Variant, codec: Codec) -> Variant:
             A[: len(a)], B[:, : b.shape[1]] = a, b
         own[site.name] = {"A": A, "B": B}
     facts = {**packed.provenance, METHOD: dict(packed.provenance.get(METHOD, {}))}
-    return Variant("lora", {"r": rank, "alpha": float(rank)}, packed.base, packed.sites,
-                   {s.name: "" for s in packed.sites}, own, {}, packed.extra, facts)  # fmt: skip
+    return plain_lora(packed.base, packed.sites, own, rank, packed.extra, facts)
 
 
 def _said(manifest: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from plures.core.errors import BadInput, disk
+from plures.tensors.together import sync_folder
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -34,7 +35,7 @@ def refuse_pickle(path: Path, by_content: bool = False) -> None:
             magic = f.read(4)
     if path.suffix in PICKLES or magic.startswith(_PICKLE_MAGIC):
         raise BadInput(f"{str(path)!r} is a pickle, which can run code when loaded; Plures reads safetensors only. "
-                       "Convert it with `safetensors.torch.save_file` on a machine you can lose.")  # fmt: skip
+                       "Convert it: torch.load(FILE, weights_only=True), safetensors.torch.save_file.")  # fmt: skip
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -56,11 +57,14 @@ def header(path: Path) -> dict[str, Any]:
             )
         try:
             found: dict[str, Any] = json.loads(f.read(n))
-            ends = [0 + e["data_offsets"][1] for k, e in found.items() if k != "__metadata__"]
+            spans = [e["data_offsets"] for k, e in found.items() if k != "__metadata__"]
+            strange = next((s for s in spans if not 0 <= s[0] <= s[1] or {type(s[0]), type(s[1])} != {int}), None)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             refuse_pickle(path, by_content=True)
             raise BadInput(f"{str(path)!r} is not a safetensors file: its header is not valid JSON") from error
-    want = 8 + n + max(ends, default=0)
+    if strange is not None:
+        raise BadInput(f"{str(path)!r} is damaged: its header puts a tensor at the bytes {strange[0]} to {strange[1]}")
+    want = 8 + n + max((s[1] for s in spans), default=0)
     if want != size:
         raise BadInput(f"{str(path)!r} is truncated or damaged: its header promises {want} bytes, it has {size}")
     return found
@@ -132,20 +136,6 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None
     text += b" " * (-len(text) % 8)
     parts: list[Any] = [a.reshape(-1).view(np.uint8).data for a in whole.values()]  # buffers, not copies
     write_chunks(path, [struct.pack("<Q", len(text)) + text, *parts])
-
-
-def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut; a no-op where the system cannot."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:

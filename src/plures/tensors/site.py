@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ class Site:
     """One linear map `y = W x` of the base, with its place among the sites that share a pool with it.
 
     `W` is `[out, into]`, dequantised, and None while planning. `at` of `depth` is the site's position among the
-    sites of its group, in the order of their layers; `stats` holds what a method's `needs` asked for.
+    sites of its group, in the order of their layers.
     """
 
     name: str
@@ -25,7 +25,6 @@ class Site:
     W: Tensor | None = None
     at: int = 0
     depth: int = 1
-    stats: Tensors = field(default_factory=dict)
 
     @property
     def kind(self) -> str:

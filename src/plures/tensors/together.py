@@ -1,16 +1,19 @@
-"""Files that belong together: all of them are put in place, or none."""
+"""Files that belong together: all of them are put in place, or none. Without torch or numpy."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from plures.core.errors import disk
-from plures.tensors.safe import sync_folder
+from plures.core.errors import DiskTrouble, WrongUse, disk
+
+_SYSTEM = re.compile(r"\(os error (\d+)\)")
 
 
 class Together:
@@ -77,3 +80,90 @@ def _kept(path: Path) -> Path | None:
         os.link(path, kept)
         return kept
     return None
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that a rename in it survives a power cut; a no-op where the system cannot."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends; nothing is there where it does not.
+
+    Where `out` is there already and empty (a mount, say), it stays, and what was written is moved into it, weights
+    last; after an error it is empty again. `need` are the bytes that the disk must have room for.
+    Raises: WrongUse where `out` is no folder, or holds something; DiskTrouble, before anything is written where the
+        disk has too little room.
+    """
+    place = out / out.name if out.is_dir() else out  # the part stands in an `out` that is there, or else beside it
+    with disk(out):
+        swept(place)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise WrongUse(f"{str(out)!r} is there already and is not empty; name another folder, or take it away")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(place.parent).free
+        if need > free:
+            raise DiskTrouble(f"{str(out)!r} needs {need:,} bytes, and the disk has {free:,} left; nothing was written")
+        part = place.parent / f".{place.name}.{os.getpid()}-{uuid.uuid4().hex}.part"
+        part.mkdir()
+    try:
+        yield part
+        with disk(out):
+            _sync_all(part)
+            if place is out:
+                os.rename(part, out)
+            else:
+                _move_into(part, out)
+            sync_folder(part.parent)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if found := _SYSTEM.search(str(error)):  # safetensors and tokenizers have errors of their own for the system's
+            with disk(out):
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
+
+
+def _sync_all(folder: Path) -> None:
+    """See that all below `folder` is on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb+") as f:
+                os.fsync(f.fileno())
+    sync_folder(folder)
+
+
+def _move_into(part: Path, out: Path) -> None:
+    """Move all that `part` holds into `out`, weights last; after an error, `out` holds none of it."""
+    moved: list[Path] = []
+    try:
+        for path in sorted(part.iterdir(), key=lambda p: (p.suffix == ".safetensors", p.name)):
+            os.rename(path, out / path.name)
+            moved.append(out / path.name)
+        part.rmdir()
+    except BaseException:
+        for path in moved:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def swept(out: Path) -> None:
+    """Take away what killed processes left of `out`."""
+    for part in out.parent.glob(f".{out.name}.*-*.part"):
+        pid = part.name.removeprefix(f".{out.name}.").partition("-")[0]
+        if pid.isdigit() and int(pid) != os.getpid() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(part, ignore_errors=True)

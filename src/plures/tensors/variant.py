@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plures.core.errors import BadInput
@@ -81,18 +80,18 @@ class Variant:
         """The same variant with more said of where it came from."""
         return replace(self, provenance={**self.provenance, **facts})
 
-    def to_dtype(self, dtype: torch.dtype) -> Variant:
-        """The same variant with its floating tensors in `dtype`; integers stay."""
 
-        def cast(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {k: t.to(dtype) if t.is_floating_point() else t for k, t in leaves.items()}
+def plain_lora(
+    base: BaseRef, sites: Sequence[Site], own: Mapping[str, Mapping[str, Tensor]], rank: int,
+    extra: Mapping[str, Tensor] | None = None, provenance: Mapping[str, Any] | None = None,
+) -> Variant:  # fmt: skip
+    """The variant of method `lora` whose deltas are `B A` as they stand (alpha is the rank).
 
-        return replace(
-            self,
-            own={s: cast(v) for s, v in self.own.items()},
-            pool={g: cast(v) for g, v in self.pool.items()},
-            extra=cast(self.extra),
-        )
+    Shapes: own `A [rank, into]`, `B [out, rank]` at each of `sites`; an imported one may have other ranks.
+    """
+    options = {"r": rank, "alpha": float(rank), "rslora": False}
+    return Variant("lora", options, base, tuple(sites), {s.name: "" for s in sites}, own, {}, extra or {},
+                   provenance or {})  # fmt: skip
 
 
 def identity_of(manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> str:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import struct
-import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from plures.core.errors import BadInput, DiskTrouble, WrongUse, disk, nearest
+from plures.core.errors import BadInput, disk, nearest
 from plures.tensors.scratch import scratch
+from plures.tensors.together import new_folder
 
 Array = np.ndarray[Any, Any]
 CHUNK = 1 << 16
@@ -61,12 +61,12 @@ class Weights:
         self.path = Path(path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.entries: dict[str, Entry] = {}
-        for file in _files(self.path):
+        for file in files(self.path):
             for name, entry in _entries(file).items():
                 if name in self.entries:
                     raise BadInput(f"{str(file)!r}: tensor {name!r} is also in {str(self.entries[name].file)!r}")
                 self.entries[name] = entry
-        self._open: dict[Path, int] = {}
+        self._open, self._lock = dict[Path, int](), Lock()
 
     @property
     def names(self) -> list[str]:
@@ -75,9 +75,9 @@ class Weights:
 
     def close(self) -> None:
         """Close the files."""
-        for fd in self._open.values():
-            os.close(fd)
-        self._open = {}
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
 
     def __enter__(self) -> Weights:
         return self
@@ -94,8 +94,8 @@ class Weights:
     def _fill(self, name: str, start: int, out: memoryview) -> None:
         """Put the bytes from the element `start` on into `out`, as many as it has."""
         e = self.entries[name]
-        if e.file not in self._open:
-            with disk(e.file, "read"):
+        with self._lock, disk(e.file, "read"):  # threads read one model: only the first of them opens a file
+            if e.file not in self._open:
                 self._open[e.file] = os.open(e.file, os.O_RDONLY)
         if os.preadv(self._open[e.file], [out], e.begin + start * WIDTH[e.kind]) != out.nbytes:
             raise BadInput(f"{str(e.file)!r} ends inside {name!r}; fetch the file again")
@@ -115,12 +115,17 @@ class Weights:
             out[:] = data
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
+    """The safetensors files of a model that is a folder, a .safetensors file, or an index.
+
+    Of a folder that holds several they are those that transformers loads: `model.safetensors`, else the index's.
+    Raises: BadInput where there are none, or a shard is missing or of another folder.
+    """
     if path.is_dir():
+        if (path / SINGLE).exists():
+            return [path / SINGLE]
         if (path / INDEX).exists():
             path = path / INDEX
-        elif (path / SINGLE).exists():
-            return [path / SINGLE]
         else:
             found = sorted(path.glob("*.safetensors"))
             if len(found) != 1:
@@ -129,15 +134,23 @@ def _files(path: Path) -> list[Path]:
     if path.suffix == ".safetensors":
         return [path]
     with disk(path, "read"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text("utf-8", "replace")
+    found = [path.parent / name for name in shard_names(path, text)]
+    if lost := next((f for f in found if not f.exists()), None):
+        raise BadInput(f"{str(path)!r} names the shard {lost.name!r}, which is not there; fetch it")
+    return found
+
+
+def shard_names(path: Path, text: str) -> list[str]:
+    """The files that an index names, in order. Raises: BadInput for no index, and for a file in another folder."""
     try:
         names = sorted(set(json.loads(text)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{str(path)!r} is no index of safetensors files") from error
-    files = [path.parent / name for name in names]
-    if lost := next((f for f in files if not f.exists()), None):
-        raise BadInput(f"{str(path)!r} names the shard {lost.name!r}, which is not there; fetch it")
-    return files
+        strange = next((n for n in names if Path(n).name != n or n in ("", "..")), None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{str(path)!r} is damaged: it is no index of safetensors files; fetch it again") from error
+    if strange is not None:
+        raise BadInput(f"{str(path)!r} names {strange!r}: an index may name files of its own folder alone")
+    return names
 
 
 def _entries(file: Path) -> dict[str, Entry]:
@@ -150,14 +163,15 @@ def _entries(file: Path) -> dict[str, Entry]:
             raise BadInput(f"{str(file)!r} is not a safetensors file, or is not whole")
         try:
             told: dict[str, Any] = json.loads(f.read(length))
-            made = {n: (e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in told.items()
-                    if n != "__metadata__"}  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            made = {n: (e["dtype"], tuple(map(int, e["shape"])), *(int(e["data_offsets"][i]) for i in (0, 1)))
+                    for n, e in told.items() if n != "__metadata__"}  # fmt: skip
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BadInput(f"{str(file)!r} is not a safetensors file: its header cannot be read") from error
     for name, (kind, shape, begin, end) in made.items():
         if kind not in WIDTH:
             raise BadInput(f"{str(file)!r}: {name!r} is {kind}; known are {', '.join(WIDTH)}")
-        if end - begin != prod(shape) * WIDTH[kind] or end > size - 8 - length or begin < 0:
+        whole = end - begin == prod(shape) * WIDTH[kind] and begin >= 0 and end <= size - 8 - length
+        if not whole or min(shape, default=0) < 0:
             raise BadInput(f"{str(file)!r} is not whole: {name!r} needs the bytes {begin} to {end}")
     return {n: Entry(file, kind, shape, 8 + length + begin) for n, (kind, shape, begin, _) in made.items()}
 
@@ -198,11 +212,18 @@ class Sink:
         self.part, self.at, self.fds = part, dict[str, tuple[int, int, str]](), list[int]()
         self._flushing, self._flushes = ThreadPoolExecutor(1, "flush"), list[Future[None]]()
         self._unflushed, self._lock = dict[int, int](), Lock()
-        shards = _shards(plan, shard_bytes)
+        try:
+            self._begin(plan, _shards(plan, shard_bytes), meta)
+        except BaseException:
+            self.close(sync=False)
+            raise
+
+    def _begin(self, plan: Sequence[Planned], shards: Sequence[Sequence[Planned]], meta: Mapping[str, str]) -> None:
+        """Make the files, of their sizes and with their headers, and the index where there are several."""
         names = [SINGLE] if len(shards) == 1 else [
             f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]  # fmt: skip
         where = {}
-        with disk(part):
+        with disk(self.part):
             for file, shard in zip(names, shards, strict=True):
                 header: dict[str, Any] = {"__metadata__": dict(meta)}
                 begin = 0
@@ -212,7 +233,7 @@ class Sink:
                     where[t.name], begin = file, begin + n
                 text = json.dumps(header, separators=(",", ":")).encode()
                 text += b" " * (-len(text) % 8)
-                fd = os.open(part / file, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                fd = os.open(self.part / file, os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 self.fds.append(fd)
                 os.pwrite(fd, struct.pack("<Q", len(text)) + text, 0)
                 os.ftruncate(fd, 8 + len(text) + begin)
@@ -220,9 +241,9 @@ class Sink:
                 for t in shard:
                     self.at[t.name] = (fd, offset + header[t.name]["data_offsets"][0], t.kind)
             if len(shards) > 1:
-                total = sum(prod(t.shape) * WIDTH[t.kind] for t in plan)
+                total = _bytes_of(plan)
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-                (part / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+                (self.part / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Put float32 numbers at `start` of a tensor, rounded once to its dtype."""
@@ -250,15 +271,17 @@ class Sink:
                 self._flushes.append(self._flushing.submit(os.fdatasync, fd))
 
     def close(self, sync: bool) -> None:
-        """Close the files, on the disk for good where `sync`."""
+        """Close the files, on the disk for good where `sync`; closed ones stay as they are."""
         self._flushing.shutdown(cancel_futures=not sync)
         for flushed in self._flushes if sync else ():
             flushed.result()
-        for fd in self.fds:
-            if sync:
-                os.fsync(fd)
-            os.close(fd)
-        self.fds = []
+        while self.fds:
+            fd = self.fds.pop()
+            try:
+                if sync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def _shards(plan: Sequence[Planned], most: int) -> list[list[Planned]]:
@@ -283,30 +306,18 @@ def folder(out: Path, plan: Sequence[Planned], *, copies: Sequence[Path] = (), t
     `copies` are files that come along, `texts` more files by name. Raises: WrongUse where `out` is there and holds
     something; DiskTrouble where the disk has too little room, before anything is written.
     """
-    part = _part(out, sum(prod(t.shape) * WIDTH[t.kind] for t in plan))
-    sink: Sink | None = None
-    try:
-        with disk(part):
-            part.mkdir()
+    with new_folder(out, _bytes_of(plan)) as part:
         sink = Sink(part, plan, shard_bytes, meta or {"format": "pt"})
-        yield sink
-        with disk(part):
-            for file in copies:
-                shutil.copyfile(file, part / file.name)
-            for name, text in (texts or {}).items():
-                (part / name).write_text(text, encoding="utf-8")
-            sink.close(sync=True)
-            for file in part.iterdir():
-                with file.open("rb+") as f:
-                    os.fsync(f.fileno())
-            if out.exists():
-                out.rmdir()
-            os.rename(part, out)
-    except BaseException:
-        if sink is not None:
+        try:
+            yield sink
+            with disk(part):
+                for file in copies:
+                    shutil.copyfile(file, part / file.name)
+                for name, text in (texts or {}).items():
+                    (part / name).write_text(text, encoding="utf-8")
+                sink.close(sync=True)
+        finally:
             sink.close(sync=False)
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -314,40 +325,13 @@ def folders(out: Path, plan: Sequence[Planned], texts: Mapping[str, Mapping[str,
             shard_bytes: int = SHARD_BYTES) -> Iterator[dict[str, Sink]]:  # fmt: skip
     """Sinks of one plan by the names in `texts`, which become the folders `out/<name>` when the block ends: all of them
     or none. Raises: as `folder`."""
-    part = _part(out, len(texts) * sum(prod(t.shape) * WIDTH[t.kind] for t in plan))
-    try:
-        with ExitStack() as stack:
-            enter = stack.enter_context
-            yield {name: enter(folder(part / name, plan, copies=copies, texts=of, shard_bytes=shard_bytes))
-                   for name, of in texts.items()}  # fmt: skip
-        with disk(part):
-            if out.exists():
-                out.rmdir()
-            os.rename(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with new_folder(out, len(texts) * _bytes_of(plan)) as part, ExitStack() as stack:
+        yield {name: stack.enter_context(folder(part / name, plan, copies=copies, texts=of, shard_bytes=shard_bytes))
+               for name, of in texts.items()}  # fmt: skip
 
 
-def _part(out: Path, need: int) -> Path:
-    """Where `out`, of so many bytes, is before it is whole. Raises: WrongUse, DiskTrouble."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WrongUse(f"{str(out)!r} is there already; name another folder, or take it away")
-    with disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-    if need > free:
-        raise DiskTrouble(f"{str(out)!r} needs {need:,} bytes, and the disk has {free:,} left; nothing was written")
-    _swept(out)
-    return out.parent / f".{out.name}.{os.getpid()}-{uuid.uuid4().hex}.part"
-
-
-def _swept(out: Path) -> None:
-    """Take away what killed processes left of `out`."""
-    for part in out.parent.glob(f".{out.name}.*-*.part"):
-        pid = part.name.removeprefix(f".{out.name}.").partition("-")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(part, ignore_errors=True)
+def _bytes_of(plan: Sequence[Planned]) -> int:
+    return sum(prod(t.shape) * WIDTH[t.kind] for t in plan)
 
 
 def same(models: Mapping[str, Weights], free: Collection[str] = ()) -> list[str]:
