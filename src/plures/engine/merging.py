@@ -62,11 +62,11 @@ class Told:
 def piece(job: Job) -> int:
     """Elements of a piece: a multiple of what the method does not part.
 
-    Of few models, and where no histogram is held beside them, pieces are three times as long: threads then hand the
-    interpreter to each other a third as often, and two of them take two thirds of the time.
+    Of few models, and where neither histograms nor masks of a density are held beside them, pieces are three times as
+    long: threads then hand the interpreter to each other a third as often, and two of them take two thirds of the time.
     """
     unit, held = job.method.unit(job.shape), len(job.reads) + (job.base is not None)
-    longer = max(1, min(3, 9 // held)) if job.method.passes < 2 else 1
+    longer = 1 if job.method.passes > 1 or "density" in job.method.of_model else max(1, min(3, 9 // held))
     return max(1, longer * CHUNK // unit) * unit
 
 
