@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from plures.core.errors import WrongUse, nearest
+from plures.core.processes import end_with_parent
 from plures.demo import corpus
 
 BASE = Path(__file__).parent / "base"
@@ -119,7 +120,8 @@ def train_all(chains: Sequence[Sequence[Job]], workers: int, say: Say) -> list[l
     """
     workers = workers or min(4, os.cpu_count() or 1)
     rows: list[list[dict[str, Any]]] = [[] for _ in chains]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    how = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=how, initializer=end_with_parent) as pool:
         asked = {pool.submit(train_in_turn, chain): at for at, chain in enumerate(chains)}
         for done in as_completed(asked):
             rows[asked[done]] = done.result()

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +23,7 @@ from typing import Any
 
 from plures.core.errors import BadInput, StoreBusy, WrongUse, disk, nearest
 from plures.core.events import finite
+from plures.core.processes import end_with_parent
 from plures.flows.held import held
 from plures.flows.recipes import BenchRecipe, ContenderPart, TenantPart
 from plures.store.names import check_name
@@ -216,19 +216,8 @@ def processes(workers: int) -> Iterator[Pool]:
     """Cells in processes of this machine; results come in the order in which they end."""
     workers = workers or min(4, os.cpu_count() or 1)
     how = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=how, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=how, initializer=end_with_parent) as pool:
         yield lambda jobs: (done.result() for done in as_completed([pool.submit(run_cell, *job) for job in jobs]))
-
-
-def _end_with(parent: int) -> None:
-    """End this worker when the process that started it is gone: a killed comparison leaves nothing running."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
