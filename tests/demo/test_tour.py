@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from plures.cli.app import main
 from plures.demo import runs, tour
+from plures.demo.served import caller
 from plures.flows.fleet import Fleet
+from plures.server.run import Service
 
 
 def plures(*words: str) -> None:
@@ -68,6 +71,15 @@ def test_the_server_answers_in_one_batch_and_a_release_is_rolled_back(told: dict
     with Fleet(told["at"] / "demo/demo.fleet") as fleet:  # the answers are those of the variant alone
         for answer in served["answers"]:
             assert fleet[answer["by"]].generate(answer["prompt"], max_tokens=40).startswith(answer["text"])
+
+
+def test_without_openais_client_answers_are_the_same(told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with Service(told["at"] / "demo/demo.fleet", port=0, open=True) as service:
+        by_client = caller(service.url)[0]("topics-mos-e1", "The ")
+        monkeypatch.setitem(sys.modules, "openai", None)
+        ask, who = caller(service.url)
+        assert "plain HTTP" in who
+        assert ask("topics-mos-e1", "The ") == by_client
 
 
 def test_the_page_stands_alone(told: dict[str, Any]) -> None:
