@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batching import pieces
 from fakes import FakeServing, served
 from openai import OpenAI
 
+from plures.cli.app import main
 from plures.flows.batch_run import Runner
 from plures.flows.desk import Desk
 from plures.server.app import make_app
 from plures.server.batch_form import make_runner
 from plures.store.access import Tenant
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Runs one command in this process, in `tmp_path`: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main(list(argv))
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return run
 
 
 @pytest.fixture

@@ -17,26 +17,11 @@ import pytest
 import torch
 
 import plures
-from plures.cli.app import main, verbs
+from plures.cli.app import verbs
 from plures.tensors import safe
 from tiny import make_base, write_rows
 
 Said = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
-    """Runs one command in this process, in `tmp_path`: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            main(list(argv))
-        out, err = capsys.readouterr()
-        return int(done.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

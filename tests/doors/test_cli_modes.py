@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from plures.cli.app import main
 from plures.cli.output import quoted, read_recipe, say_json, say_text, split_said
 from plures.core.errors import RecipeErrors, WrongUse
 from plures.flows.recipes import EmbedRecipe, PackRecipe, TrainRecipe
@@ -22,18 +21,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs one command in `tmp_path`: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def one(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            main(list(argv))
-        out, err = capsys.readouterr()
-        return int(done.value.code or 0), out, err
-
-    return one
+def run(say: Run) -> Run:
+    return say
 
 
 @pytest.fixture

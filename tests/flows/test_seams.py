@@ -10,13 +10,11 @@ import errno
 import hashlib
 import os
 import random
-import resource
 import shutil
 import signal
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from pyarrow import parquet
 from seaming import NOBODY
 
 import plures
+from full_disk import room, trouble
 from plures.bridges.adapter_folder import write_folder
 from plures.cli.app import main
 from plures.core.errors import BadInput, DiskTrouble, WrongUse
@@ -268,17 +267,6 @@ def test_a_schema_that_is_not_known_is_one_line_and_left_alone(
 # ---------------------------------------------------------------- full disks
 
 
-@contextmanager
-def room(n_bytes: int) -> Iterator[None]:
-    """A system that refuses to write any file beyond so many bytes, whoever writes it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def failing(real: Any, after: int) -> tuple[Any, list[int]]:
     """The function, with a disk that is full at its n-th call and from then on; and how many calls there were."""
     calls = [0]
@@ -290,15 +278,6 @@ def failing(real: Any, after: int) -> tuple[Any, list[int]]:
         return real(*args, **how)
 
     return call, calls
-
-
-def trouble(do: Callable[[], Any]) -> str:
-    """What a disk error says; "" where there is none."""
-    try:
-        do()
-    except DiskTrouble as error:
-        return str(error)
-    return ""
 
 
 def full_at_each(monkeypatch: pytest.MonkeyPatch, name: str, do: Callable[[], Any], check: Callable[[], None]) -> int:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from full_disk import room, trouble
 from plures.choice import kmeans
 from plures.cli.app import main
-from plures.core.errors import DiskTrouble
 from plures.core.recipe import load
 from plures.engine import columns
 from plures.engine.sidecar import Sidecar
@@ -53,17 +51,6 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@contextmanager
-def room(n_bytes: int) -> Iterator[None]:
-    """A system that refuses to write any file beyond so many bytes, to whatever writes it (pyarrow is not Python)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def failing(real: Any, after: int) -> tuple[Any, list[int]]:
     """The function, with a disk that is full at its n-th call and no other; and how many calls there were."""
     calls = [0]
@@ -75,15 +62,6 @@ def failing(real: Any, after: int) -> tuple[Any, list[int]]:
         return real(*args, **how)
 
     return call, calls
-
-
-def trouble(do: Callable[[], Any]) -> str:
-    """What a disk error says; "" where there is none."""
-    try:
-        do()
-    except DiskTrouble as error:
-        return str(error)
-    return ""
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])

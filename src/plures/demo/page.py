@@ -14,6 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from plures.demo.pool import KINDS
+from plures.demo.runs import verdict
 
 Curves = dict[tuple[str, str], list[tuple[int, float]]]
 
@@ -50,10 +51,7 @@ tenth of it by likeness to {{ target_rows }} rows of the target (<code>tsds</cod
 {%- for n in names %}<td>{{ "%.4f"|format(cells[t][n]) }}</td>{% endfor %}</tr>
 {% endfor %}<tr class="best"><td>mean</td><td>{{ "%.4f"|format(told.summary.mean_bits_per_byte.base) }}</td>
 {%- for n in names %}<td>{{ "%.4f"|format(told.summary.mean_bits_per_byte[n]) }}</td>{% endfor %}</tr></table>
-{% set equal = told.summary.mos_gain_at_equal_parameters %}{% set wide = told.summary.mos_behind_lora_of_8x %}
-<p>MoS against LoRA at equal parameters: {{ "%.4f"|format(equal|abs) }} bits per byte {{ "better" if equal > 0 else "worse" }}
-on the mean, better on {{ told.summary.mos_wins_at_equal_parameters }} pairs. Against LoRA with eight times the parameters:
-{{ "%.4f"|format(wide|abs) }} {{ "worse" if wide > 0 else "better" }}. <small>The paper (arXiv:2410.00938) reports LoRA's quality at about
+<p>{{ verdict }} <small>The paper (arXiv:2410.00938) reports LoRA's quality at about
 an eighth of the parameters on 3B to 13B models; that is its claim, not this page's.</small></p>
 {{ loss }}
 <p>Trained on a tenth of the spoilt pool, and scored on the same held-out text:</p>
@@ -155,7 +153,7 @@ def write_page(path: Path, told: Mapping[str, Any], curves: Curves) -> Path:
     environment = Environment(autoescape=True)
     environment.filters["form"] = str.format
     html = environment.from_string(TEMPLATE).render(
-        told=told, names=names, cells=cells, kinds=KINDS, pool_rows=sum(told["kinds"]["pool"].values()),
+        told=told, verdict=verdict(told["summary"]), names=names, cells=cells, kinds=KINDS, pool_rows=sum(told["kinds"]["pool"].values()),
         target_rows=told["target_rows"], merged_refs=list(next(iter(told["merged"]["bits_per_byte"].values()))),
         loss=loss_figure(curves, told["tenants"]), packed=packed_figure(told["packed"]),
     )  # fmt: skip

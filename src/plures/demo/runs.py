@@ -192,11 +192,12 @@ def table(told: Mapping[str, Any]) -> str:
         )
     means = told["summary"]["mean_bits_per_byte"]
     lines.append(f"{'mean':10s}{means['base']:>10.4f}" + "".join(f"{means[n]:>12.4f}" for n in names))
-    summary = told["summary"]
+    return "\n".join([*lines, verdict(told["summary"])])
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """How MoS compares with LoRA, in words."""
     equal, wide = summary["mos_gain_at_equal_parameters"], summary["mos_behind_lora_of_8x"]
-    lines.append(
-        f"MoS against LoRA at equal parameters: {abs(equal):.4f} bits per byte {'better' if equal > 0 else 'worse'} "
-        f"on the mean, better on {summary['mos_wins_at_equal_parameters']} pairs. Against LoRA with 8x the parameters: "
-        f"{abs(wide):.4f} {'worse' if wide > 0 else 'better'}."
-    )
-    return "\n".join(lines)
+    return (f"MoS against LoRA at equal parameters: {abs(equal):.4f} bits per byte "
+            f"{'better' if equal > 0 else 'worse'} on the mean, better on {summary['mos_wins_at_equal_parameters']} "
+            f"pairs. Against LoRA with 8x the parameters: {abs(wide):.4f} {'worse' if wide > 0 else 'better'}.")

@@ -56,17 +56,23 @@ def serve_and_ask(fleet: Path, asked: Sequence[tuple[str, str]], released: str, 
         with ThreadPoolExecutor(len(asked)) as threads:
             answers = list(threads.map(lambda pair: ask(*pair), asked))
         after = service.engine.state()
-        _, secret = service.desk.access.make_key("", "the demo", admin=True)
+        key, secret = service.desk.access.make_key("", "the demo", admin=True)
         aliases = f"{service.admin_url}/admin/variants/{released}/aliases/prod"
-        turns = [("before", *ask(f"{released}@prod", prompt)[::-1])]
+
+        def turn(when: str) -> dict[str, str]:
+            text, by = ask(f"{released}@prod", prompt)
+            return {"when": when, "by": by, "text": text}
+
+        turns = [turn("before")]
         _post(aliases, secret, {"version": 2})
-        turns.append(("released", *ask(f"{released}@prod", prompt)[::-1]))
+        turns.append(turn("released"))
         _post(f"{aliases}/rollback", secret, {})
-        turns.append(("rolled back", *ask(f"{released}@prod", prompt)[::-1]))
+        turns.append(turn("rolled back"))
+        service.desk.access.revoke(key.id, "the demo")
     return {
         "client": client,
         "answers": [{"asked": model, "prompt": p, "text": text, "by": by}
                     for (model, p), (text, by) in zip(asked, answers, strict=True)],
         "steps": after["steps"] - before["steps"], "tokens": after["new_tokens"] - before["new_tokens"],
-        "turns": [{"when": when, "by": by, "text": text} for when, by, text in turns],
+        "turns": turns,
     }  # fmt: skip

@@ -36,6 +36,7 @@ class Slerp:
     Raises: WrongUse for a t outside of [0, 1].
     Paper: doi:10.1145/325334.325242. From memory; the form for weights is mergekit's, whose documentation was read.
     Departs from the paper: tensors have their lengths; near ones are mixed along a straight line.
+        (mergekit takes a t beyond the two models; here that is an error.)
     """
 
     t: float = 0.5

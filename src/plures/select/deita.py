@@ -32,7 +32,8 @@ class Deita:
 
         for x by falling s(x) = q(x) c(x):    S = S + {x}  if  max_{y in S} cos(x, y) < threshold,    until |S| = b
 
-    Every pair is compared exactly, in blocks of matrix products, and only as far down the order as the budget asks.
+    Every pair is decided exactly, in blocks of matrix products (those that half of each vector and the length of the
+    other half keep apart need no more), and only as far down the order as the budget asks.
 
     Options:
         threshold: the cosine that counts as near, in (0, 1]; 0.9 in the paper.
