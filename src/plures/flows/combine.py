@@ -14,6 +14,7 @@ from plures.adapt import adapts
 from plures.bridges.on_model import as_lora
 from plures.core.errors import WrongUse
 from plures.core.units import si_bytes
+from plures.flows.extract import lora_bytes
 from plures.flows.merge_sweep import between
 from plures.store import Store, Version
 from plures.store.names import check_name
@@ -63,7 +64,7 @@ def plan(fleet: Path, variants: Sequence[str], name: str, *, rank: int = 0, many
         most = min(whole, site.out, site.into)
         widest = max(widest, min(rank or most, most))
     ranks = [max((len(leaves["A"]) for leaves in v.own.values()), default=0) for v in loaded]
-    n_bytes = sum(4 * widest * (s.out + s.into) for s in shapes.values())
+    n_bytes = lora_bytes(shapes.values(), widest)
     return Plan(tuple(names), tuple(v.ref for v in versions), tuple(ranks), widest, len(shapes), n_bytes)
 
 
