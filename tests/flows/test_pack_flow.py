@@ -21,6 +21,7 @@ from plures.engine.tiers import Tiers
 from plures.flows.pack import pack, plan
 from plures.flows.recipes import PackRecipe
 from plures.store import Store
+from plures.tensors import safe
 from plures.tensors.gauge import difference, singular_values
 from tiny import QUICK, make_base
 
@@ -301,3 +302,40 @@ def test_the_same_tensors_under_a_second_name_are_packed_too(fleet: Path, tmp_pa
     assert pack(recipe(source, out, pack=way, variants=["l0", "twin"])).lines == ()
     with Store.open(out) as into:
         assert into.names() == ["l0", "twin"]
+
+
+def test_a_metric_is_measured_kept_and_used_again(fleet: Path, tmp_path: Path, text_rows: Path) -> None:
+    out, klt = tmp_path / "m", {"method": "klt", "error": 0.2, "expect": 100}
+    said: list[str] = []
+    done = pack(recipe(fleet, out, pack=klt, variants=["l0", "l1"], metric=str(text_rows)), said.append)
+    assert any("measuring" in s for s in said) and any("in the metric" in line for line in done.told())
+    for line in done.lines:
+        assert line.in_metric is not None and line.in_metric <= 0.2 * 1.01 and line.error != line.in_metric
+    with Store.open(fleet) as source, Store.open(out) as into:
+        exact, back = (factors(s.load("l0")) for s in (source, into))
+        assert error_of(exact, back) == pytest.approx(done.lines[0].error, rel=1e-3)
+        shared = into.load("l0", packed=True).pool["pack"]["shared"]
+    assert safe.from_bytes(shared.numpy().tobytes())["metric.kept"].sum() > 0
+    more = pack(recipe(fleet, out, pack=klt, variants=["l0", "l1", "l2"]), said.append)  # in the metric that is there
+    assert len(more.lines) == 1 and more.lines[0].in_metric is not None
+    with Store.open(out) as into:
+        assert torch.equal(into.load("l2", packed=True).pool["pack"]["shared"], shared)
+    plain = tmp_path / "p"
+    pack(recipe(fleet, plain, pack=klt, variants=["l0"]))
+    with pytest.raises(WrongUse, match="in no metric; leave out metric, or refit=true"):
+        pack(recipe(fleet, plain, pack=klt, variants=["l1"], metric=str(text_rows)))
+    again = pack(recipe(fleet, plain, pack=klt, variants=["l0", "l1"], metric=str(text_rows), refit=True))
+    assert all(line.in_metric is not None for line in again.lines)
+    with pytest.raises(WrongUse, match=r"l0.jsonl' is not there"):
+        pack(recipe(fleet, tmp_path / "n", pack=klt, variants=["l0"], metric=str(tmp_path / "{name}.jsonl")))
+
+
+def test_scores_choose_how_coarse_a_variant_is(fleet: Path, tmp_path: Path, text_rows: Path) -> None:
+    said: dict[str, Any] = {"variants": ["l0", "l1"], "held_out": str(text_rows), "metric": str(text_rows)}
+    klt = {"method": "klt", "error": 0.5}
+    done = {x: pack(recipe(fleet, tmp_path / str(x), pack=klt, recovery=x, **said)) for x in (0.9, 0.99)}
+    for least, of in done.items():
+        assert all(line.how == "klt" and line.recovery is not None and line.recovery >= least for line in of.lines)
+    assert sum(x.n_bytes for x in done[0.99].lines) > sum(x.n_bytes for x in done[0.9].lines)
+    errors = [line.in_metric for of in done.values() for line in of.lines]
+    assert all(e is not None and 0.1 < e < 0.51 for e in errors) and len({round(e or 0, 4) for e in errors}) > 2

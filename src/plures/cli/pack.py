@@ -17,6 +17,7 @@ def command(
     method: Annotated[str, typer.Option("--method", "-m", help="The packer; see `plures methods`.")] = "",
     error: Annotated[float, typer.Option(help="Relative error of each variant; 0: the packer's default.", min=0)] = 0,
     held_out: Annotated[str, typer.Option(help="Rows to score on; {name} stands for the variant's name.")] = "",
+    metric: Annotated[str, typer.Option(help="Rows that say which errors matter; {name} as in --held-out.")] = "",
     refit: Annotated[bool, typer.Option("--refit", help="Fit to all variants anew, also where a pack is.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Say what int8, int4 and SVD would take.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to pack, and stop.")] = False,
@@ -34,7 +35,8 @@ def command(
     if len(files) > 1:
         raise WrongUse(f"one fleet or recipe at a time, got {', '.join(map(repr, files))}")
     given = {"fleet": "".join(f for f in files if f not in recipes), "out": out, "pack.method": method,
-             "pack.error": error or None, "held_out": held_out, "refit": refit, "compare": compare}  # fmt: skip
+             "pack.error": error or None, "held_out": held_out, "metric": metric, "refit": refit,
+             "compare": compare}  # fmt: skip
     wanted = read_recipe(PackRecipe, "pack", [*recipes, *said], given)
     if plan:
         say_plan(flow.plan(wanted), json)

@@ -24,7 +24,8 @@ from plures.engine.together import Together
 from plures.flows.evolve import Evolved, evolve
 from plures.flows.evolve import Score as Scorer
 from plures.flows.handover import named_base
-from plures.flows.pack import Packed, pack
+from plures.flows.pack import pack
+from plures.flows.pack_report import Packed
 from plures.flows.recipes import DataPart, EvolveRecipe, LoopPart, PackRecipe, TrainRecipe
 from plures.flows.train import device, on_device, pad_id, train
 from plures.route import make as make_route

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ import torch
 from plures.bridges.on_model import factors
 from plures.core.errors import BadInput, WrongUse
 from plures.core.folder import options_of
-from plures.core.units import si_bytes
+from plures.engine.model import Base, load_base
+from plures.flows.pack_metric import examples, moments
+from plures.flows.pack_report import AS_IS, Compared, Line, Packed, Plan
 from plures.flows.pack_score import Scorer
+from plures.flows.pack_search import FINEST, coarsest, share
 from plures.flows.recipes import PackRecipe
 from plures.pack import Codec, Factors, Packer, packs
+from plures.pack._metric import LEAVES, Measured, codec, finer, fit, metric
 from plures.store import Store, Version
 from plures.store.unpack import GROUP, METHOD, as_plain
 from plures.tensors import safe
@@ -25,107 +29,10 @@ from plures.tensors.site import Site, natural
 from plures.tensors.variant import Variant
 
 Say = Callable[[str], None]
-DRIFT = 1.2  # times as many bits as variants took that the pack was fitted to
-FINER = (0.7, 0.5, 0.35, 0.25)  # of the error that was asked for, where the score falls short
 LAST: tuple[str, dict[str, Any]] = ("rtn", {"bits": 8})  # what a variant is packed by where nothing else will do
 COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("rtn", {"bits": 8}), "int4": ("rtn", {"bits": 4}), "svd": ("svd", {}),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Line:
-    """A variant as it was packed.
-
-    `n_bytes` are its own; `bits` they are for every number of its factors. `error` is the norm of what is off over the
-    delta's, over all sites; `worst` that of the worst site, and `spectral` the most that any input's output can be off
-    there, over the most that the delta can do. `recovery` is the share of its gain on held-out rows that is left. `how`
-    is the packer, or "as it is".
-    """
-
-    ref: str
-    was: str
-    how: str
-    n_bytes: int
-    was_bytes: int
-    bits: float
-    error: float
-    worst: float
-    worst_site: str
-    spectral: float
-    recovery: float | None
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What another way to pack takes for the same variants: bytes each, bytes that they share, the mean error."""
-
-    name: str
-    n_bytes: float
-    shared_bytes: int
-    error: float
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What was packed: a line for each variant that is new in `out`, how many were there, and bytes."""
-
-    out: str
-    lines: tuple[Line, ...]
-    there: int
-    shared_bytes: int
-    drift: float | None
-    compared: tuple[Compared, ...]
-
-    def told(self) -> list[str]:
-        """As people read it."""
-        if not self.lines:
-            return [f"all {self.there} variants are in {self.out} already"]
-        n, was = len(self.lines), sum(line.was_bytes for line in self.lines)
-        now = sum(line.n_bytes for line in self.lines)
-        coded = [line for line in self.lines if line.how != "as it is"]
-        out = [f"{n} variants in {self.out}: {si_bytes(now)} and {si_bytes(self.shared_bytes)} that they share, "
-               f"{was / max(1, now + self.shared_bytes):.1f} times less than {si_bytes(was)}"]  # fmt: skip
-        if coded:
-            worst = max(coded, key=lambda line: line.error)
-            bits = sum(line.bits for line in coded) / len(coded)
-            out.append(f"{bits:.2f} bits a number; error {sum(x.error for x in coded) / len(coded):.4f} on average, "
-                       f"{worst.error:.4f} at most ({worst.was})")  # fmt: skip
-        scored = [line for line in self.lines if line.recovery is not None]
-        if scored:
-            least = min(scored, key=lambda line: line.recovery or 0.0)
-            mean = sum(line.recovery or 0.0 for line in scored) / len(scored)
-            out.append(f"{100 * mean:.2f} % of the gain on held-out rows is left on average, "
-                       f"{100 * (least.recovery or 0.0):.2f} % at least ({least.was})")  # fmt: skip
-        for how, many in sorted(Counter(line.how for line in self.lines).items()):
-            out.append(f"{many} {how}" if how == "as it is" else f"{many} by {how}")
-        out += [f"beside it {c.name}: {si_bytes(c.n_bytes)} each and {si_bytes(c.shared_bytes)} shared, "
-                f"error {c.error:.4f}" for c in self.compared]  # fmt: skip
-        if self.drift is not None and self.drift > DRIFT:
-            out.append(f"these took {self.drift:.2f} times the bits of those that the pack was fitted to: "
-                       "pack anew with refit=true")  # fmt: skip
-        return out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What there is to pack: variants, how many of them are low-rank, their sites, numbers and bytes as they are."""
-
-    out: str
-    method: str
-    variants: int
-    low_rank: int
-    sites: int
-    numbers: int
-    n_bytes: int
-    int8_bytes: int
-    int4_bytes: int
-
-    def lines(self) -> list[str]:
-        """The plan as people read it."""
-        return [f"{self.variants} variants, {self.low_rank} of them low-rank, at {self.sites} sites",
-                f"{self.numbers:,} numbers in {si_bytes(self.n_bytes)}; int8 would take {si_bytes(self.int8_bytes)}, "
-                f"int4 {si_bytes(self.int4_bytes)}", f"by {self.method} into {self.out}"]  # fmt: skip
 
 
 def pack(recipe: PackRecipe, say: Say = lambda _: None) -> Packed:
@@ -150,8 +57,11 @@ def pack(recipe: PackRecipe, say: Say = lambda _: None) -> Packed:
                 return Packed(str(out), (), len(chosen), 0, None, ())
             work = _Work(source, new, recipe.held_out)
             if found is None and work.coded:
+                leaves = _metric(work, recipe, options, say) if recipe.metric else {}
                 say(f"fitting {name} to {len(work.coded)} variants at {len(work.sites)} sites")
-                found = _Shared.of(work.sites, packer.fit(work.fleet, work.sites), len(work.coded))
+                found = _Shared.of(work.sites, fit(packer, work.fleet, work.sites, leaves), len(work.coded))
+            elif found is not None and recipe.metric and LEAVES[0] not in found.tensors:
+                raise WrongUse(f"the variants in {str(out)!r} are packed in no metric; leave out metric, or refit=true")
             lines = [_one(work, into, v, packer, found, recipe) for v in new]
             compared = _compare(work, COMPARED) if recipe.compare and work.coded else ()
     n_shared = found.file.numel() if found else 0
@@ -279,8 +189,16 @@ class _Work:
         self.sites = sorted(sites.values(), key=lambda s: natural(s.name))
         for ref, of in owned.items():  # what several have counts for each as its part
             self.native[ref] = sum(n / users[h] for h, n in of.items())
-        self.scorer = Scorer(source.base, held_out) if held_out else None
+        self._base: Base | None = None
+        self.scorer = Scorer(self.base(), held_out) if held_out else None
+        self.step = 0  # that did for the variant before
         self._codecs: dict[tuple[str, tuple[str, ...]], Codec] = {}
+
+    def base(self) -> Base:
+        """The base, loaded once."""
+        if self._base is None:
+            self._base = load_base(self.source.base)
+        return self._base
 
     def fleet(self) -> Iterator[Factors]:
         """The variants that can be coded."""
@@ -293,8 +211,18 @@ class _Work:
         """A packer's codec, made once."""
         key = repr(packer), tuple(s.name for s in shared.sites)
         if key not in self._codecs:
-            self._codecs[key] = packer.codec(shared.sites, shared.tensors)
+            self._codecs[key] = codec(packer, shared.sites, shared.tensors)
         return self._codecs[key]
+
+
+def _metric(work: _Work, recipe: PackRecipe, options: Mapping[str, Any],
+            say: Callable[[str], None]) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The metric of the recipe's rows, as finely as so many variants are worth."""
+    names = [v.name for v in work.coded]
+    chosen = examples(work.base(), recipe.metric, names, recipe.metric_tokens)
+    rows = sum(work.numbers.values()) / sum(s.out + s.into for s in work.sites)
+    many = int(options.get("expect", 0)) or len(names)
+    return metric(moments(work.base(), work.sites, chosen, say), rows * many / len(names))
 
 
 def _one(work: _Work, into: Store, version: Version, packer: Packer, found: _Shared | None,
@@ -302,33 +230,63 @@ def _one(work: _Work, into: Store, version: Version, packer: Packer, found: _Sha
     """Pack and publish one variant: by the packer, finer where its score falls short, or as it is."""
     variant = work.source.load(version.ref)
     exact = factors(variant)
-    name, _ = recipe.method()
     before = work.scorer.gain(version.name, variant) if work.scorer else None
-    tries: list[tuple[str, Packer]] = []
     if exact is not None and found is not None:
-        finer = [packer.finer(share) for share in FINER] if work.scorer else []
-        tries = [(name, packer), *((name, way) for way in finer if way is not None)]
-        tries.append((LAST[0], packs.make(LAST[0], **LAST[1])))
-    for how, way in tries:
-        assert exact is not None and found is not None
-        shared = found if how == name else _Shared.of(variant.sites, {})
-        codec = work.codec(way, shared)
-        made = _coded(variant, how, way, shared, codec.encode(exact))
-        coded = made.pool[GROUP]["code"].numel()
-        line = _line(version, how, made, codec, exact, work)
-        if way.bounds and line.error > 1.01 * _options(way)["error"]:
-            continue
-        if work.scorer and before is not None:
-            left = work.scorer.gain(version.name, as_plain(made, codec)) / before if before > 0 else 1.0
-            line = _with(line, recovery=left)
-            if left < recipe.recovery:
-                continue
-        if coded + shared.paid + sum(t.nbytes for t in variant.extra.values()) >= work.native[version.ref]:
-            break  # what it is now takes less
-        return _publish(into, version, made, line, work)
-    line = Line("", version.ref, "as it is", version.n_bytes, version.n_bytes, 0.0, 0.0, 0.0, "", 0.0,
-                None if before is None else 1.0)  # fmt: skip
+        trial = _Trial(work, version, variant, exact, before, recipe.recovery)
+        last: Packer = packs.make(LAST[0], **LAST[1])
+        made = trial.best(recipe.method()[0], packer, found) or trial.best(
+            LAST[0], last, _Shared.of(variant.sites, {}))  # fmt: skip
+        size = made[0].pool[GROUP]["code"].numel() + found.paid + _extra(variant) if made else 0.0
+        if made and size < work.native[version.ref]:  # else what it is now takes less
+            return _publish(into, version, *made, work)
+    line = Line.as_is(version.ref, version.n_bytes, None if before is None else 1.0)
     return _publish(into, version, work.source.load(version.ref, packed=True), line, work)
+
+
+@dataclass
+class _Trial:
+    """One variant, its factors, what it gains on held-out rows, and how much of that must be left."""
+
+    work: _Work
+    version: Version
+    variant: Variant
+    exact: Factors
+    before: float | None
+    least: float
+    tried: dict[int, tuple[Variant, Line]] = field(default_factory=dict)
+
+    def best(self, name: str, packer: Packer, shared: _Shared) -> tuple[Variant, Line] | None:
+        """The variant as coarsely as may be by this packer; None where it loses too much."""
+        self.tried.clear()
+        fixed = self.before is None or packer.finer(1.0) is None
+        at = coarsest(lambda step: self._left(step, name, packer, shared), self.least, 0 if fixed else self.work.step,
+                      0 if fixed else FINEST)  # fmt: skip
+        if at is None:
+            return None
+        self.work.step = self.work.step if fixed else at
+        return self.tried[at]
+
+    def _left(self, step: int, name: str, packer: Packer, shared: _Shared) -> float:
+        """Of the gain, so many steps finer; -1 where the error is not what was asked for."""
+        way, coder = (packer.finer(share(step)) if step else packer), self.work.codec(packer, shared)
+        assert way is not None
+        coder = finer(coder, way) if step else coder
+        made = _coded(self.variant, name, way, shared, coder.encode(self.exact))
+        line = _line(self.version, name, made, coder, self.exact, self.work)
+        error = line.error if line.in_metric is None else line.in_metric
+        if way.bounds and error > 1.01 * _options(way)["error"]:
+            return -1.0
+        left = 1.0
+        if self.work.scorer and self.before is not None:
+            gain = self.work.scorer.gain(self.version.name, as_plain(made, coder))
+            left = gain / self.before if self.before > 0 else 1.0
+            line = _with(line, recovery=left)
+        self.tried[step] = made, line
+        return left
+
+
+def _extra(variant: Variant) -> int:
+    return sum(t.nbytes for t in variant.extra.values())
 
 
 def _coded(variant: Variant, name: str, packer: Packer, shared: _Shared, code: torch.Tensor) -> Variant:
@@ -346,17 +304,19 @@ def _off(exact: Factors, back: Factors) -> tuple[float, Mapping[str, torch.Tenso
     return lost / whole if whole else 0.0, off, own
 
 
-def _line(version: Version, how: str, made: Variant, codec: Codec, exact: Factors, work: _Work) -> Line:
+def _line(version: Version, how: str, made: Variant, coder: Codec, exact: Factors, work: _Work) -> Line:
     """What packing cost the variant, from the singular values of what is off."""
     code = made.pool[GROUP]["code"]
-    error, off, own = _off(exact, codec.decode(code))
+    back = coder.decode(code)
+    error, off, own = _off(exact, back)
     sites = {n: float(off[n].norm() / s.norm()) for n, s in own.items() if float(s.norm()) > 0}
     site = max(sites, key=lambda n: sites[n], default="")
     spectral = max((float(off[n][0] / own[n][0]) for n in sites), default=0.0)
-    extra = sum(t.nbytes for t in made.extra.values())
     bits = 8 * code.numel() / max(1, work.numbers[version.ref])
-    return Line("", version.ref, how, code.numel() + extra, version.n_bytes, bits, error, sites.get(site, 0.0), site,
-                spectral, None)  # fmt: skip
+    measured = coder.to if isinstance(coder, Measured) else None
+    in_metric = _off(measured.there(exact), measured.there(back))[0] if measured else None
+    return Line("", version.ref, how, code.numel() + _extra(made), version.n_bytes, bits, error, sites.get(site, 0.0),
+                site, spectral, None, in_metric)  # fmt: skip
 
 
 def _with(line: Line, **more: Any) -> Line:
@@ -368,7 +328,7 @@ def _publish(into: Store, version: Version, made: Variant, line: Line, work: _Wo
     facts = {k: v for k, v in asdict(line).items() if k not in ("ref", "was_bytes") and v is not None}
     facts = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in facts.items()}
     kept = {k: v for k, v in work.source.manifest(version.ref)["provenance"].items() if k == "trained"}
-    provenance = {**kept, METHOD: facts} if line.how != "as it is" else {**made.provenance}
+    provenance = {**kept, METHOD: facts} if line.how != AS_IS else {**made.provenance}
     done = into.publish(Variant(made.method, made.options, made.base, made.sites, made.group_of, made.own, made.pool,
                                 made.extra, provenance), version.name, aliases=version.aliases,
                         parents=[version.identity])  # fmt: skip
@@ -381,12 +341,12 @@ def _compare(work: _Work, ways: Mapping[str, tuple[str, dict[str, Any]]]) -> tup
     for said, (name, options) in ways.items():
         packer: Packer = packs.make(name, **options)
         shared = packer.fit(work.fleet, work.sites)
-        codec = packer.codec(work.sites, shared)
+        plain = packer.codec(work.sites, shared)
         sizes, errors = [], []
         for exact in work.fleet():
-            code = codec.encode(exact)
+            code = plain.encode(exact)
             sizes.append(code.numel())
-            errors.append(_off(exact, codec.decode(code))[0])
+            errors.append(_off(exact, plain.decode(code))[0])
         out.append(Compared(said, sum(sizes) / len(sizes), len(safe.to_bytes(shared)) if shared else 0,
                             sum(errors) / len(errors)))  # fmt: skip
     return tuple(out)

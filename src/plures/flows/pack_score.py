@@ -7,20 +7,19 @@ from pathlib import Path
 from plures.bridges.on_model import attach, take_off
 from plures.core.errors import WrongUse
 from plures.engine.data import HeldOut, encode, read_rows
-from plures.engine.model import load_base
+from plures.engine.model import Base
 from plures.engine.score import evaluate
 from plures.flows.objective import on_device, pad_id
-from plures.tensors.variant import BaseRef, Variant
+from plures.tensors.variant import Variant
 
 BATCH_ROWS, MAX_TOKENS, SLOT = 8, 512, "v000000"
 
 
 class Scorer:
-    """The base, loaded once, and the rows of variants: `rows` is a file for all, or has `{name}` in it."""
+    """A base and the rows of variants: `rows` is a file for all, or has `{name}` in it."""
 
-    def __init__(self, base: BaseRef, rows: str) -> None:
-        self.rows = rows
-        self.base = load_base(base)
+    def __init__(self, base: Base, rows: str) -> None:
+        self.rows, self.base = rows, base
         self._batches: dict[str, HeldOut] = {}
         self._base_nats: dict[str, float] = {}
 

@@ -360,6 +360,10 @@ class PackRecipe:
     recovery: float = opt(
         0.985, "least share of a variant's gain on held-out rows; below it is packed finer, or kept", ge=0.0, le=1.0
     )
+    metric: str = opt(
+        "", "rows that say which errors matter, by the base's inputs and gradients; {name} for the variant's name"
+    )
+    metric_tokens: int = opt(65_536, "tokens of these rows that are read", ge=1)
     refit: bool = opt(False, "fit to all variants anew, where packed ones are there already")
     compare: bool = opt(False, "also say what int8, int4 and SVD would take")
 

@@ -7,22 +7,28 @@ decodes each variant by itself: a variant may be added or taken away and no othe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 from plures.core.folder import Folder
 from plures.tensors.site import Site
 
-Factors = Mapping[str, tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Factors: TypeAlias = "Mapping[str, tuple[Tensor, Tensor]]"
 """By site, `B [out, r]` and `A [r, into]` of a variant's delta `B A`, float32."""
-Fleet = Callable[[], Iterable[Factors]]
+Fleet: TypeAlias = Callable[[], Iterable[Factors]]
 """Goes over a fleet's variants, from the first, as often as it is called."""
 packs = Folder("plures.pack", "pack")
 
 
 class Codec(Protocol):
-    """Codes variants of some sites with what their fleet shares."""
+    """Codes variants of some sites with what their fleet shares, as the options of `of` say.
+
+    A shallow copy with one of `of.finer` in its place is the codec of that packer.
+    """
+
+    of: Packer
 
     def encode(self, factors: Factors) -> Tensor:
         """A variant's code, uint8 `[bytes]`."""

@@ -20,7 +20,7 @@ from plures.tensors.coding import Reader, Writer, counted, tables
 from plures.tensors.gauge import Gauged, gauged, missed
 from plures.tensors.pieces import checked
 from plures.tensors.site import Site
-from plures.tensors.turn import Turn
+from plures.tensors.turn import turns
 
 Array = np.ndarray[Any, Any]
 LEAST = 0.005  # of an error that may be asked for
@@ -151,15 +151,10 @@ class Coder:
         if len(self.weight) != len(sites):
             raise ValueError(f"it has {len(self.weight)} sites")
         kept = shared["kept"].tolist() if "kept" in shared else [0] * len(sides)
-        self.turns, self.spread = list[Turn](), list[Array]()
-        at = row = told = 0
+        none = torch.zeros(0)
+        self.turns = list(turns(sides, kept, shared.get("basis", none), shared.get("scale", none)))
+        self.spread, told = list[Array](), 0
         for width, k in zip(sides, kept, strict=True):
-            basis = torch.zeros(0, width)
-            if k:
-                basis = shared["basis"][at : at + k * width].reshape(k, width).float()
-                basis = basis * shared["scale"][row : row + k, None].float()
-            self.turns.append(Turn(basis))
-            at, row = at + k * width, row + k
             spread = np.full(width, octaves(1 / width), np.int16)
             if "spread" in shared:
                 found = shared["spread"][told : told + k + 1].numpy().astype(np.int16)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from threading import Lock
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plures.core.errors import BadInput, PluresError
 from plures.pack import Codec, packs
 from plures.tensors import safe
 from plures.tensors.site import Site
 from plures.tensors.variant import Variant, plain_lora
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHOD, GROUP = "packed", "pack"
 SHARED = f"pool/{GROUP}/shared"
@@ -48,19 +48,23 @@ class Codecs:
 
 def codec_of(manifest: Mapping[str, Any], shared: Tensor) -> Codec:
     """What decodes the variants of such a manifest, from the safetensors file that `shared`, uint8, is."""
+    from plures.pack._metric import codec
+
     sites = [Site(n, out, into, None, at, depth) for n, out, into, _, at, depth in manifest["sites"]]
     said = manifest["options"]
     try:
         packer: Any = packs.make(said["packer"], **said["options"])
-        made: Codec = packer.codec(sites, safe.from_bytes(shared.numpy().tobytes()))
+        made = codec(packer, sites, safe.from_bytes(shared.numpy().tobytes()))
     except (PluresError, KeyError, TypeError) as error:
         raise BadInput(f"a packed variant cannot be decoded: {error}") from error
     return made
 
 
-def as_plain(packed: Variant, codec: Codec) -> Variant:
+def as_plain(packed: Variant, coder: Codec) -> Variant:
     """The plain LoRA that a packed variant stands for, of the largest rank of its sites."""
-    found = codec.decode(packed.pool[GROUP]["code"])
+    import torch
+
+    found = coder.decode(packed.pool[GROUP]["code"])
     rank = max((A.shape[0] for _, A in found.values()), default=0) or 1
     own = {}
     for site in packed.sites:

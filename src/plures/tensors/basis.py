@@ -14,6 +14,7 @@ from torch import Tensor
 from plures.core.errors import BadInput
 from plures.tensors.gauge import Gauged, gauged
 from plures.tensors.site import Site
+from plures.tensors.turn import narrowed
 
 Array = np.ndarray[Any, Any]
 Fleet = Callable[[], Iterable[Mapping[str, tuple[Tensor, Tensor]]]]
@@ -51,20 +52,26 @@ def sampled(fleet: Fleet, sites: Sequence[Site], most: int) -> tuple[list[list[G
 
 def moments(fleet: Fleet, sites: Sequence[Site], norms: Sequence[float]) -> Iterator[Tensor]:
     """Of every site the second moments of `s U` and of `s V` over the fleet, each variant at norm 1."""
+    for some in passes(sites):
+        sums = {s.name: [torch.zeros(s.out, s.out), torch.zeros(s.into, s.into)] for s in some}
+        for factors, norm in zip(fleet(), norms, strict=True):
+            for g in gauged({n: f for n, f in factors.items() if n in sums}) if norm > 0 else []:
+                for name, *rows in zip(g.names, g.U * g.s[..., None], g.V * g.s[..., None], strict=True):
+                    for total, x in zip(sums[name], rows, strict=True):
+                        total.addmm_(x.T, x, alpha=norm**-2)
+        for s in some:
+            yield from sums.pop(s.name)
+
+
+def passes(sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
+    """The sites in runs whose second moments, of both sides in float32, take about `MOST_MOMENTS` bytes at most."""
     start = 0
     while start < len(sites):
         end, n_bytes = start, 0
         while end < len(sites) and (end == start or n_bytes < MOST_MOMENTS):
             n_bytes += 4 * (sites[end].out ** 2 + sites[end].into ** 2)
             end += 1
-        sums = {s.name: [torch.zeros(s.out, s.out), torch.zeros(s.into, s.into)] for s in sites[start:end]}
-        for factors, norm in zip(fleet(), norms, strict=True):
-            for g in gauged({n: f for n, f in factors.items() if n in sums}) if norm > 0 else []:
-                for name, *rows in zip(g.names, g.U * g.s[..., None], g.V * g.s[..., None], strict=True):
-                    for total, x in zip(sums[name], rows, strict=True):
-                        total.addmm_(x.T, x, alpha=norm**-2)
-        for s in sites[start:end]:
-            yield from sums.pop(s.name)
+        yield sites[start:end]
         start = end
 
 
@@ -113,8 +120,6 @@ def choose(moment: Tensor, strengths: Array, times: float) -> tuple[Tensor, Tens
     rest = left / np.maximum(width - np.arange(width + 1), 1)
     cost = before + np.arange(width + 1) * (8 * width + 16) + (width - np.arange(width + 1)) * price(rest)
     k = int(np.argmin(cost))
-    basis = vectors.flip(1).T[:k]
-    scale = (basis.abs().amax(1).clamp_min(1e-12) / 127).to(torch.float16) if k else torch.zeros(0, dtype=torch.float16)
-    whole = (basis / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    whole, scale = narrowed(vectors.flip(1).T[:k])
     spread = octaves(np.concatenate([share[:k], rest[k : k + 1]]))
     return whole, scale, torch.from_numpy(spread.astype(np.int8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,21 @@ class Turn:
     def _times(self, rows: Tensor, transpose: bool) -> Tensor:
         flat = rows.reshape(-1, self.width).contiguous()
         return torch.ormqr(self._reflections, self._tau, flat, left=False, transpose=transpose).reshape(rows.shape)
+
+
+def narrowed(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[k, width]` of a basis as int8, and a float16 scale for each."""
+    scale = (basis.abs().amax(1).clamp_min(1e-12) / 127).to(torch.float16) if len(basis) else basis.new_zeros(0).half()
+    return (basis / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def turns(widths: Sequence[int], kept: Sequence[int], basis: Tensor, scale: Tensor) -> Iterator[Turn]:
+    """A transform for each of `widths`, the rows of all in one line, of which each has as many as are `kept`.
+
+    Raises: RuntimeError where there are fewer rows than that.
+    """
+    at = row = 0
+    for width, k in zip(widths, kept, strict=True):
+        rows = basis[at : at + k * width].reshape(k, width).float() * scale[row : row + k, None].float()
+        at, row = at + k * width, row + k
+        yield Turn(rows)
