@@ -43,6 +43,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, text_rows
         f.train("a", str(text_rows), method="mos", r=4, e=2, l=2, lr=3e-2, **QUICK)
         f.train("b", str(text_rows), method="lora", r=3, alpha=7.0, rslora=True, lr=1e-2, seed=1, **QUICK)
         f.train("whole", str(text_rows), method="full", lr=1e-3, **QUICK)
+        f.train("dora", str(text_rows), method="dora", r=2, lr=1e-2, **QUICK)
+        f.train("snnk", str(text_rows), method="snnk", lr=1e-2, **QUICK)
         f.train("head", str(text_rows), method="lora", r=2, lr=1e-2, modules_to_save=["lm_head"], **QUICK)
     return path
 
@@ -102,19 +104,25 @@ def test_ties_of_variants_is_the_formula_cut_to_a_rank(fleet: Path, base_folder:
     assert 0.1 < cut.error == pytest.approx((lost / total) ** 0.5, rel=0.02) and cut.worst >= cut.error
 
 
-def test_variants_as_sources_are_their_merged_models(fleet: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", ["a head", "whole dora"])
+def test_variants_as_sources_are_their_merged_models(fleet: Path, tmp_path: Path, names: str) -> None:
     with plures.Fleet(fleet) as f:
-        for name in ("a", "head"):
+        for name in names.split():
             f[name].export(tmp_path / name, as_="merged")
-    told = said(fleet, "linear", "a head", dtype="float32")
+    told = said(fleet, "linear", names, dtype="float32")
     done = merge(parse(told), tmp_path / "one")
-    files = {"merge_method": "linear", "models": [{"model": str(tmp_path / n)} for n in ("a", "head")]}
+    files = {"merge_method": "linear", "models": [{"model": str(tmp_path / n)} for n in names.split()]}
     merge(parse(files), tmp_path / "two")
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
     assert set(one) == set(two) and done.cosine < 0.99
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name].float(), rtol=1e-5, atol=1e-5)
-    assert plan(parse(told)).models == (f"{fleet}::a", f"{fleet}::head")
+    assert plan(parse(told)).models == tuple(f"{fleet}::{n}" for n in names.split())
+
+
+def test_a_mean_with_a_variant_without_factors_is_published_at_a_rank(fleet: Path) -> None:
+    (done,) = publish(parse(said(fleet, "linear", "dora b")), fleet, "both", rank=32)
+    assert done.error < 1e-4 and set(done.version.parents) == {"dora@1", "b@1"}
 
 
 def test_whole_parameters_are_refused_kept_or_dropped(fleet: Path) -> None:
@@ -160,7 +168,8 @@ def test_what_cannot_be_published(fleet: Path, base_folder: Path, tmp_path: Path
     wide = make_base(tmp_path / "wide", hidden_size=48)
     wrong: list[tuple[Said, int, str]] = [
         (said(fleet, "linear", "nobody"), 0, "'nobody'"),
-        (said(fleet, "linear", "whole"), 0, "no low-rank factors"),
+        (said(fleet, "linear", "whole"), 0, "no source .* has a rank"),
+        (said(fleet, "linear", "snnk"), 4, "acts on each token by itself"),
         (said(fleet, "linear") | {"models": [{"model": str(base_folder)}]}, 0, "no source .* has a rank"),
         (said(fleet, "linear"), -1, "rank must be at least 0, got -1"),
         (said(fleet, "linear") | {"models": [{"model": str(wide)}]}, 4, r"is \[300, 48\] in it and \[300, 32\] in the"),
@@ -184,6 +193,12 @@ def test_weights_that_lie_the_other_way_round(text_rows: Path, tmp_path: Path) -
     with plures.Fleet(fleet, base=str(base)) as f:
         f.train("a", str(text_rows), method="lora", r=2, lr=1e-1, **QUICK)
         f["a"].export(tmp_path / "a", as_="merged")
+        f.train("d", str(text_rows), method="dora", r=2, lr=1e-1, **QUICK)
+        f["d"].export(tmp_path / "d", as_="merged")
+    merge(parse(said(fleet, "linear", "d", dtype="float32")), tmp_path / "dora")
+    for name, tensor in load_file(tmp_path / "d" / "model.safetensors").items():
+        found = load_file(tmp_path / "dora" / "model.safetensors")[name]
+        torch.testing.assert_close(found, tensor.float(), rtol=1e-4, atol=1e-4)
     merge(parse(said(fleet, "linear", "a", dtype="float32")), tmp_path / "out")
     got, want = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "a"))
     for name, tensor in want.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -163,16 +163,37 @@ def factors(variant: Variant) -> dict[str, tuple[Tensor, Tensor]] | None:
     return out
 
 
+def has_factors(variant: Variant) -> bool:
+    """Whether its method's delta is low-rank factors."""
+    return hasattr(adapts.make(variant.method, **variant.options), "factors")
+
+
+def weigher(variant: Variant) -> Callable[[str, Tensor], Tensor]:
+    """What makes the adapted weight `[out, into]` of a site's name and the base's, float32: the method's definition.
+
+    Raises: WrongUse for a method that no weight stands for.
+    """
+    method: Any = adapts.make(variant.method, **variant.options)
+    if not hasattr(method, "weight"):
+        raise WrongUse(f"a {variant.method!r} variant acts on each token by itself: no merged model is the same; "
+                       "serve it, or export it as it is (--as peft)")  # fmt: skip
+
+    @torch.no_grad()
+    def weight(site: str, W: Tensor) -> Tensor:
+        own, pool = _floats(variant.own[site]), _floats(variant.pool.get(variant.group_of[site], {}))
+        made: Tensor = method.weight(W.float(), own, pool)
+        return made
+
+    return weight
+
+
 @torch.no_grad()
 def merge_into(model: Any, variant: Variant) -> Any:
     """`model`, a fresh base, with the variant's deltas added to its weights in place.
 
     Raises: WrongUse for a method that no weight stands for; BadInput where the base is another.
     """
-    method: Any = adapts.make(variant.method, **variant.options)
-    if not hasattr(method, "weight"):
-        raise WrongUse(f"a {variant.method!r} variant acts on each token by itself: no merged model is the same; "
-                       "serve it, or export it as it is (--as peft)")  # fmt: skip
+    weight = weigher(variant)
     modules = dict(model.named_modules())
     for site in variant.sites:
         module = modules.get(site.name)
@@ -184,8 +205,7 @@ def merge_into(model: Any, variant: Variant) -> Any:
             raise BadInput(
                 f"the variant is of another base: {site.name!r} is {list(W.shape)} here, not {[site.out, site.into]}"
             )
-        own, pool = _floats(variant.own[site.name]), _floats(variant.pool.get(variant.group_of[site.name], {}))
-        merged = method.weight(W.float(), own, pool).to(W.dtype)
+        merged = weight(site.name, W).to(W.dtype)
         module.weight.data = merged.T.contiguous() if transposed else merged
     for name, t in variant.extra.items():
         owner, _, leaf = name.rpartition(".")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import local as local_to_thread
 from typing import Any
 
 import numpy as np
@@ -85,24 +86,59 @@ def read_lora(path: str) -> Lora:
     return Lora(scale, factors)
 
 
+class Changed:
+    """The weights that a variant without low-rank factors makes of its base's: computed whole by the method's
+    definition when a piece of one is asked for. The last one of each thread is kept."""
+
+    def __init__(self, variant: Any, turned: Iterable[str]) -> None:
+        """Of a variant, and the tensors that are stored transposed. Raises: WrongUse where no weight stands for it."""
+        from plures.bridges.on_model import weigher
+
+        self._weight = weigher(variant)
+        self._sites = {f"{s.name}.weight": s for s in variant.sites}
+        self._turned, self._last = frozenset(turned), local_to_thread()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sites
+
+    def names(self) -> Iterable[str]:
+        """The tensors that it changes."""
+        return self._sites
+
+    def read(self, weights: Weights, name: str, start: int, out: Array) -> None:
+        """The elements from `start` on of the weight that `name` of the base's `weights` becomes."""
+        if getattr(self._last, "name", None) != name:
+            import torch
+
+            site, across = self._sites[name], name in self._turned
+            whole = np.empty((site.into, site.out) if across else (site.out, site.into), np.float32)
+            weights.read(name, 0, whole.reshape(-1))
+            W = torch.from_numpy(whole)
+            made = self._weight(site.name, W.T if across else W)
+            self._last.whole = (made.T if across else made).contiguous().numpy().reshape(-1)
+            self._last.name = name
+        out[:] = self._last.whole[start : start + len(out)]
+
+
 @dataclass(frozen=True)
 class Fleets:
-    """What a fleet has under a reference: its base's folder, and of a variant its factors, the whole parameters that
-    were trained beside them, and its version (`support@3`; "" for the base)."""
+    """What a fleet has under a reference: its base's folder, and of a variant its factors or what it makes of weights,
+    the whole parameters that were trained beside them, and its version (`support@3`; "" for the base)."""
 
     folder: Path
     version: str = ""
     lora: Lora | None = None
     extra: dict[str, Array] | None = None
+    changed: Changed | None = None
 
 
 def of_fleet(fleet: str, ref: str) -> Fleets:
     """The base of a fleet, or a variant upon it.
 
-    Raises: BadInput where the base's weights are others than the fleet was made for; WrongUse for a variant without
-        low-rank factors; what opening and resolving raise.
+    Raises: BadInput where the base's weights are others than the fleet was made for; WrongUse for a variant that no
+        weight stands for; what opening and resolving raise.
     """
-    from plures.bridges.on_model import as_lora  # which, and what follows, import torch
+    from plures.bridges.on_model import as_lora, has_factors  # which, and what follows, import torch
     from plures.engine.model import fingerprint, locate
     from plures.flows.extract import layout
     from plures.store import Store
@@ -115,17 +151,20 @@ def of_fleet(fleet: str, ref: str) -> Fleets:
         if not ref:
             return Fleets(folder)
         version = store.resolve(ref)
-        variant = as_lora(store.load(version.ref))
+        variant = store.load(version.ref)
     sites, turned = layout(base)
+    extra = {k: t.float().numpy().reshape(-1) for k, t in variant.extra.items()}
+    if lost := [s.name for s in variant.sites if f"{s.name}.weight" not in sites]:
+        raise BadInput(f"{version.ref!r} adapts {lost[0]!r}, which its base has not")
+    if not has_factors(variant):
+        return Fleets(folder, version.ref, None, extra, Changed(variant, turned))
+    variant = as_lora(variant)
     options, factors = variant.options, dict[str, tuple[Array, Array]]()
     for site in variant.sites:
         key, own = f"{site.name}.weight", variant.own[site.name]
-        if key not in sites:
-            raise BadInput(f"{version.ref!r} adapts {site.name!r}, which its base has not")
         B, A = own["B"].float().numpy(), own["A"].float().numpy()
         factors[key] = (np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)) if key in turned else (B, A)
     scale = lora_scale(float(options["alpha"]), options["r"], bool(options.get("rslora")))
-    extra = {k: t.float().numpy().reshape(-1) for k, t in variant.extra.items()}
     return Fleets(folder, version.ref, Lora(scale, factors), extra)
 
 
@@ -135,18 +174,20 @@ class Source:
     def __init__(self, model: Model) -> None:
         self.name, self.fleet, self.version = model.name, Path(), ""
         self.loras, self.extra = list[Lora](), dict[str, Array]()
+        self.changed: Changed | None = None
         self.turned: dict[str, tuple[int, Array]] = {}  # tensors read in another order: the axis, and what comes where
         fleet, _, ref = model.path.partition(FLEET)
         if ref or (Path(fleet) / "fleet.db").exists():
             told = of_fleet(fleet, ref)
             self.folder, self.fleet, self.version = told.folder, Path(fleet).resolve(), told.version
-            self.loras, self.extra = [told.lora] if told.lora else [], told.extra or {}
+            self.loras, self.extra, self.changed = [told.lora] if told.lora else [], told.extra or {}, told.changed
         else:
             self.folder = local(model.path)
         if model.lora:
             self.loras.append(read_lora(model.lora))
         self.weights = Weights(self.folder)
         changed = {*self.extra, *(name for lora in self.loras for name in lora.factors)}
+        changed |= set(self.changed.names() if self.changed else ())
         if lost := sorted(changed - set(self.weights.entries)):
             raise BadInput(f"{model.lora or model.path!r} adapts {lost[0]!r}, which its model has not; it is of "
                            "another base")  # fmt: skip
@@ -170,6 +211,8 @@ class Source:
     def _as_stored(self, name: str, start: int, out: Array) -> None:
         if name in self.extra:
             out[:] = self.extra[name][start : start + len(out)]
+        elif self.changed and name in self.changed:
+            self.changed.read(self.weights, name, start, out)
         else:
             self.weights.read(name, start, out)
         for lora in self.loras:
