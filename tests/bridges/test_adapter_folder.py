@@ -1,9 +1,8 @@
-"""Variants as adapter folders: to plain PEFT and transformers without Plures, and back, strict both ways."""
+"""Variants as adapter folders: to plain PEFT and transformers without Plures, and back."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,55 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from adapter_files import CONFIG, LOW_RANK, MANIFEST, WEIGHTS, logits, ours
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import plures
 from plures.bridges.adapter_folder import read_folder, write_folder
-from plures.bridges.on_model import attach, merge_into
-from plures.core.errors import BadInput, PluresError, WrongUse
+from plures.bridges.on_model import attach
+from plures.core.errors import WrongUse
 from plures.engine.model import empty_base, linear_names
 from plures.tensors import safe
 from tiny import METHODS, make_base
-
-IDS = torch.arange(2, 34).reshape(2, 16)
-WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "plures.json"
-LOW_RANK = [m for m in METHODS if m != "full"]
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model.eval()(input_ids=IDS).logits.float()
-
-
-@pytest.fixture
-def fleet(own_fleet: Path) -> Any:
-    with plures.Fleet(own_fleet) as opened:
-        yield opened
-
-
-@pytest.fixture
-def base(base_folder: Path) -> Callable[[], Any]:
-    return lambda: AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-
-
-def ours(fleet: Any, ref: str, base: Callable[[], Any]) -> Tensor:
-    """The logits of a variant in the fleet, by our own engine."""
-    return logits(attach(base(), fleet[ref].load(), "v000000"))
-
-
-def edit(folder: Path, **settings: Any) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-def retensor(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
 
 # ---- out: loaded by others, without us
 
@@ -253,259 +216,6 @@ def test_modules_to_save_go_through_every_form(
             assert (ours(fleet, fleet.bring_in(tmp_path / form, form).version.ref, base) - mine).abs().max() <= 1e-5
         fleet["v"].export(tmp_path / "merged", as_="merged")
         assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) - mine).abs().max() <= 1e-4
-
-
-# ---- in: other people's LoRA
-
-
-def drawn(model: Any) -> Any:
-    """Nothing at zero, so that every factor matters."""
-    rng = torch.Generator().manual_seed(3)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.data = p.data + (0.3 if "lora_" in name else 0.05) * torch.randn(p.shape, generator=rng)
-    return model
-
-
-LORAS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "lora_alpha": 3, "target_modules": "all-linear"},
-    "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
-    "patterns": {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj", "down_proj"],
-                 "rank_pattern": {r".*layers\.1\..*q_proj": 2, "v_proj": 6}, "alpha_pattern": {"q_proj": 7}},
-    "patterns of rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "o_proj"],
-                           "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"layers.0.self_attn.o_proj": 5}},
-    "modules to save": {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
-    "a regular expression": {"r": 2, "target_modules": r".*\.self_attn\.(q|o)_proj"},
-    "some layers": {"r": 2, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
-    "gaussian": {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
-}  # fmt: skip
-
-
-@pytest.fixture
-def peft_folder(base: Callable[[], Any], tmp_path: Path) -> Callable[..., Path]:
-    def make(config: Any) -> Path:
-        torch.manual_seed(0)  # PEFT draws A from torch's own generator
-        drawn(get_peft_model(base(), config)).save_pretrained(tmp_path / "peft")
-        return tmp_path / "peft"
-
-    return make
-
-
-@pytest.mark.parametrize("kind", LORAS)
-def test_a_plain_peft_lora_comes_in_with_the_same_logits(
-    kind: str, fleet: Any, base: Callable[[], Any], peft_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = peft_folder(LoraConfig(task_type="CAUSAL_LM", **LORAS[kind]))
-    theirs = logits(PeftModel.from_pretrained(base(), folder))
-    assert (theirs - logits(base())).abs().max() > 0.05
-    brought = fleet.bring_in(folder, "theirs")
-    assert brought.version.method == "lora"
-    near = 1e-5 * theirs.abs().max()  # a pattern's scale is folded into B, which rounds it once more
-    assert (ours(fleet, "theirs", base) - theirs).abs().max() <= near
-    merged = merge_into(base(), brought.load())
-    assert (logits(merged) - theirs).abs().max() <= 10 * near
-    brought.export(tmp_path / "again", as_="lora")  # and out again, for PEFT
-    assert (logits(PeftModel.from_pretrained(base(), tmp_path / "again")) - theirs).abs().max() <= near
-    assert fleet.bring_in(tmp_path / "again", "again").version.identity == brought.version.identity
-
-
-REFUSED: dict[str, tuple[Any, str]] = {
-    "DoRA": (lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True), "DoRA"),
-    "biases": (lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="all"), "bias"),
-    "an embedding": (lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]), "embed_tokens"),
-    "the head": (lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]), "lm_head"),
-    "new tokens": (
-        lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[3]),
-        "token",
-    ),
-    "PiSSA": (
-        lambda: LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="pissa"),
-        "changes the base's own weights",
-    ),
-    "another type": (lambda: VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]), "'VERA'"),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_plain_lora_is_refused(kind: str, fleet: Any, peft_folder: Callable[..., Path]) -> None:
-    make, said = REFUSED[kind]
-    folder = peft_folder(make())
-    with pytest.raises(BadInput, match=said) as caught:
-        fleet.bring_in(folder, "theirs")
-    assert "\n" not in str(caught.value)
-    assert "theirs" not in fleet.store.names()
-
-
-def test_a_pickle_is_refused_unread(fleet: Any, peft_folder: Callable[..., Path]) -> None:
-    folder = peft_folder(LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    torch.save(tensors, folder / "adapter_model.bin")
-    with pytest.raises(BadInput, match="pickle"):
-        fleet.bring_in(folder, "theirs")
-    (folder / "adapter_model.bin").rename(folder / WEIGHTS)  # and under the right name too
-    with pytest.raises(BadInput, match="pickle"):
-        fleet.bring_in(folder, "theirs")
-
-
-# ---- strict
-
-
-def first(tensors: dict[str, Tensor], ending: str = "") -> str:
-    return next(k for k in sorted(tensors) if k.endswith(ending))
-
-
-def grow(tensors: dict[str, Tensor]) -> None:
-    name = first(tensors)
-    tensors[name] = torch.cat([tensors[name], tensors[name]])
-
-
-def one_bit(tensors: dict[str, Tensor]) -> None:
-    name = first(tensors)
-    tensors[name].view(-1).view(torch.uint8)[0] ^= 1
-
-
-DAMAGE: dict[str, Callable[[dict[str, Tensor]], Any]] = {
-    "missing": lambda t: t.pop(first(t)),
-    "extra": lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.more.weight": torch.zeros(2)}),
-    "reshaped": grow,
-    "edited": one_bit,
-    "renamed": lambda t: t.update({first(t).replace("layers.0", "layers.7"): t.pop(first(t))}),
-}
-
-
-@pytest.mark.parametrize(
-    ("source", "damage"),  # nothing says what the tensors of others were, so an edit there cannot be told
-    [(s, d) for s in ("ours", "saved by peft", "lora") for d in DAMAGE if d != "edited" or s == "ours"],
-)
-def test_a_damaged_folder_is_refused(
-    source: str, damage: str, fleet: Any, base: Callable[[], Any], peft_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    if source == "ours":
-        fleet["mos"].export(folder := tmp_path / "out")
-    elif source == "lora":
-        folder = peft_folder(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    else:
-        attach(base(), fleet["mos"].load(), "default").save_pretrained(folder := tmp_path / "out")
-    fleet.bring_in(folder, "whole")
-    retensor(folder, DAMAGE[damage])
-    with pytest.raises(BadInput) as caught:
-        fleet.bring_in(folder, "damaged")
-    assert "\n" not in str(caught.value)
-    assert "damaged" not in fleet.store.names()
-
-
-@pytest.mark.parametrize(
-    ("file", "said"),
-    [
-        (CONFIG, {"r": "eight"}), (CONFIG, {"lora_alpha": []}), (CONFIG, {"rank_pattern": {"(": 2}}),
-        (CONFIG, {"alpha_pattern": 7}), (CONFIG, {"modules_to_save": 3}), (CONFIG, {"peft_type": {}}),
-        (MANIFEST, {"base": {"name": "x", "hash": 5}}), (MANIFEST, {"options": [1]}), (MANIFEST, {"provenance": 3}),
-        (MANIFEST, {"sites": 5}), (MANIFEST, {"tensors": []}), (MANIFEST, {"method": None}),
-    ],
-)  # fmt: skip
-def test_a_value_of_the_wrong_kind_is_an_error_of_ours(
-    file: str, said: dict[str, Any], fleet: Any, tmp_path: Path
-) -> None:
-    out = fleet["lora"].export(tmp_path / "out", as_="peft")
-    path = out / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | said))
-    with pytest.raises(PluresError) as error:
-        fleet.bring_in(out, "again")
-    assert error.value.exit_code in (2, 4)
-    assert len(str(error.value).splitlines()) == 1
-    deep = "[" * 100_000
-    path.write_text(deep)
-    with pytest.raises(BadInput, match="JSON"):
-        fleet.bring_in(out, "again")
-    path.write_bytes(b"\xff\xfe{}")
-    with pytest.raises(BadInput, match="JSON"):
-        fleet.bring_in(out, "again")
-
-
-def test_truncated_and_foreign_files_are_refused(fleet: Any, tmp_path: Path) -> None:
-    fleet["mos"].export(tmp_path / "out")
-    whole = (tmp_path / "out" / WEIGHTS).read_bytes()
-    for data in (whole[:-5], whole[:40], b"", b"GGUF" + whole):
-        (tmp_path / "out" / WEIGHTS).write_bytes(data)
-        with pytest.raises(BadInput, match=r"safetensors|truncated"):
-            fleet.bring_in(tmp_path / "out", "damaged")
-    (tmp_path / "out" / WEIGHTS).write_bytes(whole)
-    for file, text in ((CONFIG, "{"), (CONFIG, "[]"), (MANIFEST, "{}"), (MANIFEST, '{"tensors": {}, "base": {}}')):
-        kept = (tmp_path / "out" / file).read_text()
-        (tmp_path / "out" / file).write_text(text)
-        with pytest.raises(BadInput):
-            fleet.bring_in(tmp_path / "out", "damaged")
-        (tmp_path / "out" / file).write_text(kept)
-    fleet.bring_in(tmp_path / "out", "whole")
-
-
-@pytest.mark.parametrize(
-    ("method", "change"),
-    [("lora", {"lora_alpha": 99.0}), ("lora", {"r": 3}), ("lora", {"use_rslora": True}), ("mos", {"method": "vera"}),
-     ("mos", {"options": {"r": 4, "e": 2, "l": 2, "p": 0}})],
-)  # fmt: skip
-def test_a_config_that_contradicts_our_manifest_is_refused(
-    method: str, change: dict[str, Any], fleet: Any, tmp_path: Path
-) -> None:
-    fleet[method].export(tmp_path / "out")
-    edit(tmp_path / "out", **change)
-    with pytest.raises(PluresError, match=r"plures\.json|its config says 3"):
-        fleet.bring_in(tmp_path / "out", "damaged")
-
-
-def test_an_index_past_its_pool_is_refused(fleet: Any, base: Callable[[], Any], tmp_path: Path) -> None:
-    """A MoS index is read without a check on the device; there it would be an illegal address."""
-    attach(base(), fleet["mos"].load(), "default").save_pretrained(tmp_path / "out")
-    retensor(tmp_path / "out", lambda t: t[first(t, "plures_own.index")].view(-1)[:1].fill_(100))
-    with pytest.raises(BadInput, match="points past its pool"):
-        fleet.bring_in(tmp_path / "out", "damaged")
-
-
-def test_an_unknown_whole_tensor_is_refused(fleet: Any, peft_folder: Callable[..., Path]) -> None:
-    folder = peft_folder(LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    whole = load_file(folder / WEIGHTS)
-    key = "base_model.model.lm_head.weight"
-    for change, said in (
-        ({"base_model.model.model.norm.weight": torch.ones(32)}, "unknown tensor"),
-        ({key: torch.zeros(7, 32)}, "another base"),
-        ({key: None}, "lacks"),
-    ):
-        save_file({k: t for k, t in (whole | change).items() if t is not None}, folder / WEIGHTS)
-        with pytest.raises(BadInput, match=said):
-            fleet.bring_in(folder, "damaged")
-
-
-# ---- of another base
-
-
-def test_an_adapter_of_another_base_is_refused_by_its_hash(fleet: Any, tmp_path: Path) -> None:
-    fleet["mos"].export(tmp_path / "out")
-    other = make_base(tmp_path / "other", seed=1)
-    with (
-        plures.Fleet(tmp_path / "other.fleet", base=str(other)) as theirs,
-        pytest.raises(BadInput, match="adapter of another base"),
-    ):
-        theirs.bring_in(tmp_path / "out", "mos")
-
-
-@pytest.mark.parametrize("kind", ["lora", "plures"])
-def test_an_adapter_of_another_base_is_refused_by_its_shapes(
-    kind: str, fleet: Any, base: Callable[[], Any], peft_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    if kind == "lora":
-        folder = peft_folder(LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
-    else:
-        attach(base(), fleet["mos"].load(), "default").save_pretrained(folder := tmp_path / "peft")
-    for config in ({"intermediate_size": 48}, {"num_hidden_layers": 2}):
-        other = make_base(tmp_path / "other", **config)
-        with (
-            plures.Fleet(tmp_path / "other.fleet", base=str(other)) as theirs,
-            pytest.raises(BadInput, match=r"another base|the method lays"),
-        ):
-            theirs.bring_in(folder, "theirs")
-        shutil.rmtree(tmp_path / "other.fleet")
 
 
 # ---- the folder itself

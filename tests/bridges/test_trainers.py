@@ -9,10 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from test_peft import adapts, base, config, logits
+from plugged import base, config, logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+from plures.adapt import adapts
 
 every = pytest.mark.parametrize("method", sorted(adapts))
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]

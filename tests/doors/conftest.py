@@ -1,7 +1,8 @@
-"""The desk of a fleet of one's own; a server of it whose batches run, and clients of two tenants."""
+"""Commands in this process; the desk of a fleet of one's own; a server that runs batches; clients of two tenants."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,24 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         return int(done.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def ok(say: Callable[..., Any]) -> Callable[..., str]:
+    """Runs a command that must succeed: its stdout."""
+
+    def run(*argv: str) -> str:
+        code, out, err = say(*argv)
+        assert code == 0, err
+        return str(out)
+
+    return run
+
+
+@pytest.fixture
+def parsed(ok: Callable[..., str]) -> Callable[..., Any]:
+    """Runs a command that must succeed with --json: what it says."""
+    return lambda *argv: json.loads(ok(*argv, "--json"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_data import FORGETFUL, PLAIN, chars
+from letters import FORGETFUL, PLAIN, chars
 from torch import Tensor
 
 from pairs import chats, pairs

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_data import chars
-from test_loop import Listed, Toy, batch, joined, numbers, trainer
+from letters import chars
 from torch import Tensor
+from toy import Listed, Toy, batch, joined, numbers, trainer
 
 from pairs import pairs
 from plures.core.errors import BadInput

@@ -1,4 +1,4 @@
-"""What the other processes of test_seams do; in a module of its own, so that a forkserver can import it."""
+"""What the other processes of the tests of seams do; in a module of its own, so that a forkserver can import it."""
 
 from __future__ import annotations
 

@@ -1,72 +1,37 @@
-"""Faults where parts meet: fleets that move, many processes and users at once, full disks, kills, other schemas.
+"""Faults where parts meet: fleets that move, many processes and users at once, other schemas.
 
-What one part does alone is tried in its own tests: training in test_kill and test_train, choosing in test_select_disk
-and test_select_cells, merging in test_merge_flow, the store in test_store_crash and test_store_races.
+Full disks are in test_seams_disk, kills in test_seams_killed. What one part does alone is tried in its own tests:
+training in test_kill, test_train and test_train_faults, choosing in test_select_disk and test_select_cells, merging in
+test_merge_flow, the store in test_store_crash and test_store_races.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import random
 import shutil
 import signal
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import seaming
 from killing import processes
-from pyarrow import parquet
 from seaming import NOBODY
+from whole import command, sound, tree
 
 import plures
-from full_disk import room, trouble
-from plures.bridges.adapter_folder import write_folder
-from plures.cli.app import main
-from plures.core.errors import BadInput, DiskTrouble, WrongUse
-from plures.core.recipe import load
-from plures.flows.merge import merge
-from plures.flows.merge_recipe import parse
-from plures.flows.pack import pack
-from plures.flows.recipes import PackRecipe
+from plures.core.errors import BadInput
 from plures.store import Store, schema, serve_db
 from plures.store.access import Access
-from plures.tensors.safe import file_hash
-from tiny import make_base, sentences
+from tiny import make_base
 
 ROOT = os.getuid() == 0
 # SHA-256 of the first script of store/schema.py, and of store/serve_db.py
 FIRST_FLEET = "b774bdabb537852ffc7496650f2d66b868b1bf71c55d450d3ac58a7f9de643b9"
 FIRST_SERVE = "d23f749cd89b904db3f53124ce0749b30a428ca64b8b22b57294521b5732f929"
-
-
-def command(*said: object) -> int:
-    """The exit code of `plures …`."""
-    with pytest.raises(SystemExit) as done:
-        main([str(s) for s in said])
-    return int(done.value.code or 0)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder and what is in it, hidden ones too."""
-    return {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def sound(path: Path) -> dict[str, str]:
-    """The versions of a fleet by identity, each loaded; the fleet has no problem."""
-    with Store.open(path) as store:
-        assert store.fsck().problems == ()
-        found = {v.ref: v.identity for v in store.versions(all=True)}
-        for ref, identity in found.items():
-            assert store.load(ref, packed=True).identity() == identity
-    return found
 
 
 # ---------------------------------------------------------------- a fleet that moves
@@ -262,255 +227,3 @@ def test_a_schema_that_is_not_known_is_one_line_and_left_alone(
     with pytest.raises(BadInput, match=f"schema {version}"):
         Access.open(own_fleet)
     assert tree(own_fleet) == before
-
-
-# ---------------------------------------------------------------- full disks
-
-
-def failing(real: Any, after: int) -> tuple[Any, list[int]]:
-    """The function, with a disk that is full at its n-th call and from then on; and how many calls there were."""
-    calls = [0]
-
-    def call(*args: Any, **how: Any) -> Any:
-        calls[0] += 1
-        if calls[0] > after:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args, **how)
-
-    return call, calls
-
-
-def full_at_each(monkeypatch: pytest.MonkeyPatch, name: str, do: Callable[[], Any], check: Callable[[], None]) -> int:
-    """Let the disk be full at the first call of `os.<name>`, the second …, until `do` ends; `check` after each.
-
-    Returns how often it was full.
-    """
-    for after in range(60):
-        with monkeypatch.context() as patch:
-            call, calls = failing(getattr(os, name), after)
-            patch.setattr(os, name, call)
-            said = trouble(do)
-        if not said:  # a folder's fsync may fail: some disks cannot do it
-            assert name == "fsync" or calls[0] <= after
-            return after
-        assert "the disk is full" in said and "\n" not in said
-        check()
-    raise AssertionError("it never ended")
-
-
-@pytest.mark.parametrize("form", ["peft", "lora", "merged"])
-def test_an_export_is_whole_or_not_there(
-    own_fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
-) -> None:
-    out, before = tmp_path / "to" / "out", sound(own_fleet)
-    (tmp_path / "to").mkdir()
-    with plures.Fleet(own_fleet) as fleet:
-        plain = tree(fleet["mos"].export(tmp_path / "plain", form))
-
-        def absent() -> None:
-            assert tree(tmp_path / "to") == {} and not out.exists()
-
-        sizes = sorted(p.stat().st_size for p in (tmp_path / "plain").iterdir())
-        for limit in (0, sizes[0] - 1, *sizes[:-1]):
-            with room(limit), pytest.raises(DiskTrouble, match="the disk is full"):
-                fleet["mos"].export(out, form)
-            absent()
-        if form != "merged":  # its base is loaded each time
-            full_at_each(monkeypatch, "fsync", lambda: fleet["mos"].export(out, form), absent)
-            assert tree(out) == plain
-            shutil.rmtree(out)
-            assert full_at_each(monkeypatch, "rename", lambda: fleet["mos"].export(out, form), absent) == 1
-        else:
-            fleet["mos"].export(out, form)
-        assert tree(out) == plain
-        with pytest.raises(WrongUse, match="not empty"):
-            fleet["mos"].export(out, form)
-        (tmp_path / "mount").mkdir()
-        inode = (tmp_path / "mount").stat().st_ino
-        assert tree(fleet["mos"].export(tmp_path / "mount", form)) == plain
-        assert (tmp_path / "mount").stat().st_ino == inode
-    assert sound(own_fleet) == before
-
-
-def test_an_import_that_does_not_fit_changes_nothing(
-    own_fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with plures.Fleet(own_fleet) as fleet:
-        other = seaming.changed(fleet["lora"].load(), 0.5)
-        write_folder(other, tmp_path / "other")
-        before, blobs = sound(own_fleet), tree(own_fleet / "blobs")
-
-        def same() -> None:
-            assert sound(own_fleet) == before
-
-        def bring() -> Any:
-            return fleet.bring_in(tmp_path / "other", "other")
-
-        with room(500), pytest.raises(DiskTrouble):
-            bring()
-        same()
-        assert tree(own_fleet / "blobs") == blobs
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", failing(os.fsync, 0)[0])
-            with pytest.raises(DiskTrouble):
-                bring()
-        same()
-        assert bring().version.identity == other.identity()
-
-
-def test_a_pack_goes_on_after_a_full_disk_to_the_same_bytes(
-    own_fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def recipe(out: str) -> PackRecipe:
-        said = {"fleet": str(own_fleet), "out": str(tmp_path / out), "variants": ["lora", "mos"]}
-        return load(PackRecipe, said, ["pack.method=rtn"])
-
-    def whole() -> None:
-        if (tmp_path / "out.fleet" / "fleet.db").exists():
-            sound(tmp_path / "out.fleet")
-
-    pack(recipe("plain.fleet"))
-    before, failed = sound(own_fleet), 0
-    for limit in (0, 2000, 6000):
-        with room(limit):
-            said = trouble(lambda: pack(recipe("out.fleet")))
-        failed += bool(said)
-        assert "\n" not in said
-        whole()
-
-    failed += full_at_each(monkeypatch, "replace", lambda: pack(recipe("out.fleet")), whole)
-    assert failed >= 4
-    assert sound(tmp_path / "out.fleet") == sound(tmp_path / "plain.fleet") and sound(own_fleet) == before
-
-
-def test_a_merge_whose_disk_fills_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [str(make_base(tmp_path / "m" / f"m{i}", seed=i)) for i in range(2)]
-    said = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models]}
-    merge(parse(said), tmp_path / "plain")
-    plain = {n: h for n, h in tree(tmp_path / "plain").items() if n.endswith(".safetensors")}
-    (tmp_path / "to").mkdir()
-    for limit in (0, 1000, 40_000):
-        with room(limit), pytest.raises(DiskTrouble, match="the disk is full"):
-            merge(parse(said), tmp_path / "to" / "out")
-        assert list((tmp_path / "to").iterdir()) == []
-
-    def absent() -> None:
-        assert list((tmp_path / "to").iterdir()) == []
-
-    assert full_at_each(monkeypatch, "fsync", lambda: merge(parse(said), tmp_path / "to" / "out"), absent) >= 2
-    assert plain.items() <= tree(tmp_path / "to" / "out").items()
-
-
-# ---------------------------------------------------------------- kill -9
-
-
-class Killed:
-    """A command that is killed at random changes of a folder, and begun again each time."""
-
-    def __init__(self, argv: list[str], folder: Path, tmp_path: Path) -> None:
-        self.argv, self.folder, self.count = argv, folder, tmp_path / "count"
-
-    def run(self, kill_at: int = 0) -> int | None:
-        child = processes().Process(target=seaming.killed_below, args=(self.argv, self.folder, self.count, kill_at))
-        child.start()
-        child.join()
-        return child.exitcode
-
-    def try_at(
-        self, moments: int, clean: Callable[[], None], check: Callable[[], None], whole: Path | None = None
-    ) -> None:
-        """Count its changes; then kill it at so many of them, with `check`, a whole run and `check` after each.
-
-        Where `whole` is there after a kill there is no second run.
-        """
-        for _ in range(2):  # the first time makes folders that stay
-            clean()
-            assert self.run() == 0
-        total = int(self.count.read_text())
-        assert total >= 4
-        rng = random.Random(0)
-        for at in sorted({total, *rng.sample(range(1, total), min(moments, total - 1))}):
-            clean()
-            assert self.run(at) == -signal.SIGKILL
-            check()
-            if not (whole is not None and whole.exists()):
-                assert self.run() == 0
-            check()
-
-
-def gone(path: Path) -> Callable[[], None]:
-    return lambda: shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.mark.parametrize("form", ["lora", "merged"])
-def test_an_export_that_was_killed_is_made_again(own_fleet: Path, tmp_path: Path, form: str) -> None:
-    out = tmp_path / "to" / "out"
-    argv = ["export", "mos", str(out), "--as", form, "--fleet", str(own_fleet)]
-    killed, seen = Killed(argv, out.parent, tmp_path), list[dict[str, str]]()
-
-    def check() -> None:
-        if out.exists():
-            seen.append(tree(out))
-            assert seen[-1] == seen[0]
-            assert [p.name for p in out.parent.iterdir() if not p.name.startswith(".")] == ["out"]
-
-    killed.try_at(4 if form == "lora" else 2, gone(out.parent), check, out)
-    assert len(seen) >= 3 and [p.name for p in out.parent.iterdir()] == ["out"]
-
-
-def test_a_choice_that_was_killed_is_made_again(tmp_path: Path) -> None:
-    r = np.random.default_rng(0)
-    (tmp_path / "pool").mkdir()
-    v = pa.FixedSizeListArray.from_arrays(pa.array(r.normal(size=80 * 8)), 8)
-    parquet.write_table(pa.table({"text": sentences(80), "v": v}), tmp_path / "pool" / "a.parquet")
-    out = tmp_path / "to" / "chosen.jsonl"
-    argv = ["select", str(tmp_path / "pool"), "-b", "9", "-o", str(out), "features=v", "neighbours=8",
-            f"work={tmp_path / 'to' / 'work'}"]  # fmt: skip
-    killed, seen = Killed(argv, tmp_path / "to", tmp_path), list[str]()
-
-    def check() -> None:
-        if out.exists() and Path(f"{out}.json").exists():
-            seen.append(file_hash(out))
-            assert seen[-1] == seen[0]
-
-    pool = tree(tmp_path / "pool")
-    killed.try_at(4, gone(tmp_path / "to"), check)
-    assert len(seen) >= 4 and tree(tmp_path / "pool") == pool
-
-
-def test_a_pack_that_was_killed_goes_on(own_fleet: Path, tmp_path: Path) -> None:
-    out, before = tmp_path / "to" / "packed.fleet", sound(own_fleet)
-    argv = ["pack", str(own_fleet), "--out", str(out), "--method", "rtn", "variants=[lora,mos]"]
-    killed, seen = Killed(argv, out.parent, tmp_path), list[dict[str, str]]()
-
-    def check() -> None:
-        if (out / "fleet.db").exists():
-            seen.append(sound(out))
-            assert all(found.items() <= max(seen, key=len).items() for found in seen)
-
-    killed.try_at(4, gone(out.parent), check)
-    assert len(seen[-1]) == 2 and sound(own_fleet) == before
-
-
-def test_an_import_that_was_killed_is_made_again(own_fleet: Path, tmp_path: Path) -> None:
-    with plures.Fleet(own_fleet) as fleet:
-        fleet["mos"].export(tmp_path / "mos", "lora")
-    before = sound(own_fleet)
-    argv = ["import", str(tmp_path / "mos"), "--name", "again", "--alias", "prod", "--fleet", str(own_fleet)]
-    killed, made = Killed(argv, own_fleet, tmp_path), set[str]()
-
-    def clean() -> None:
-        with Store.open(own_fleet) as store:
-            if "again" in store.names():
-                store.remove("again", all=True, force=True)
-            store.gc()
-
-    def check() -> None:
-        after = sound(own_fleet)
-        assert before.items() <= after.items() and len(after) - len(before) in (0, 1)
-        made.update(after[ref] for ref in after if ref not in before)
-
-    killed.try_at(4, clean, check)
-    assert len(made) == 1
-    with Store.open(own_fleet) as store:
-        assert store.resolve("again@prod").identity in made
