@@ -339,3 +339,21 @@ def test_scores_choose_how_coarse_a_variant_is(fleet: Path, tmp_path: Path, text
     assert sum(x.n_bytes for x in done[0.99].lines) > sum(x.n_bytes for x in done[0.9].lines)
     errors = [line.in_metric for of in done.values() for line in of.lines]
     assert all(e is not None and 0.1 < e < 0.51 for e in errors) and len({round(e or 0, 4) for e in errors}) > 2
+
+
+def test_older_versions_with_an_alias_are_packed_too(tmp_path: Path, base_folder: Path, text_rows: Path) -> None:
+    path, out, said = tmp_path / "v.fleet", tmp_path / "p.fleet", list[str]()
+    with plures.Fleet(path, base=str(base_folder)) as f:
+        for seed in range(3):
+            f.train("x", str(text_rows), method="lora", r=4, seed=seed, **TUNED)
+        f.store.alias("x@2", "prod")
+        done = pack(recipe(path, out))
+        assert [line.was for line in done.lines] == ["x@2", "x@3"]
+        f.store.alias("x@1", "old")
+        assert pack(recipe(path, out), said.append).lines == ()
+        assert any("x@1 (old) is older than what is packed of 'x'" in line for line in said)
+        f.train("x", str(text_rows), method="lora", r=4, seed=3, **TUNED)
+        assert [line.was for line in pack(recipe(path, out)).lines] == ["x@4"]
+    with Store.open(path) as source, Store.open(out) as into:
+        for mine, theirs in (("x@prod", "x@2"), ("x", "x@4")):
+            assert into.resolve(mine).parents == (source.resolve(theirs).identity,)

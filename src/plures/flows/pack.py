@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ def pack(recipe: PackRecipe, say: Say = lambda _: None) -> Packed:
             packed = into.versions(all=True) if not recipe.refit else []
             there = {(v.name, v.parents[0]) for v in packed if v.parents}
             new = [v for v in chosen if (v.name, v.identity) not in there]
+            if not recipe.variants:
+                new = _not_older(new, source, there, say)
             if not new:
                 return Packed(str(out), (), len(chosen), 0, None, ())
             work = _Work(source, new, recipe.held_out)
@@ -92,11 +94,29 @@ def _checked(recipe: PackRecipe) -> tuple[Packer, Path]:
 
 
 def _chosen(recipe: PackRecipe, source: Store) -> list[Version]:
-    """The versions that are packed. Raises: WrongUse where there are none."""
-    chosen = [source.resolve(ref) for ref in recipe.variants] or source.versions()
+    """The versions that are packed: those named, or the latest of all and those with an alias, the oldest first.
+
+    Raises: WrongUse where there are none.
+    """
+    latest = {v.ref for v in source.versions()}
+    chosen = [source.resolve(ref) for ref in recipe.variants]
+    chosen = chosen or [v for v in source.versions(all=True) if v.ref in latest or v.aliases]
     if not chosen:
         raise WrongUse(f"{recipe.fleet!r} has no variants to pack; train or import some first")
     return chosen
+
+
+def _not_older(new: Sequence[Version], source: Store, there: Collection[tuple[str, str]], say: Say) -> list[Version]:
+    """Those that are not older than what is packed under their name: what is published last is the latest."""
+    newest: dict[str, int] = {}
+    for v in source.versions(all=True):
+        if (v.name, v.identity) in there:
+            newest[v.name] = max(newest.get(v.name, 0), v.version)
+    old = [v for v in new if v.version < newest.get(v.name, 0)]
+    for v in old:
+        say(f"{v.ref} ({', '.join(v.aliases)}) is older than what is packed of {v.name!r}: it is left out; refit=true "
+            "packs both in their order")  # fmt: skip
+    return [v for v in new if v not in old]
 
 
 def _beside(fleet: str) -> str:
