@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import pytest
@@ -103,3 +104,22 @@ def test_without_sharing_nothing_is_found() -> None:
     assert cache.extend(held, 80)
     cache.learn(held, tokens, 80)
     assert cache.begin("a", tokens)[1] == 0
+
+
+def test_of_an_identity_without_blocks_nothing_is_kept() -> None:
+    def kept(served: int) -> int:
+        """The references to any of the identities, once so many were served with four blocks in all."""
+        cache = Cache(1, 1, 2, 4)
+        names = [f"variant-{i:03d}" for i in range(served)]
+        for name in names:
+            tokens = [1] * (2 * BLOCK + 1)
+            held, done = cache.begin(name, tokens)
+            assert done == 0
+            assert cache.extend(held, len(tokens))
+            cache.learn(held, tokens, len(tokens))
+            cache.end(held)
+        assert cache.begin(names[-1], tokens)[1] == 2 * BLOCK  # the last one's are there still
+        known = pickle.dumps(cache)
+        return sum(name.encode() in known for name in names)
+
+    assert kept(200) == kept(50) <= 4

@@ -19,6 +19,9 @@ class Console:
             weighed = "" if fields.get("weight", "none") == "none" else f" weighed by {fields['weight']!r}"
             self._line(f"{fields['name']}: {fields['method']}, {fields['trained']:,} trained numbers, "
                        f"{fields['rows']} rows{weighed}, {fields['steps']} steps")  # fmt: skip
+        elif kind == "overlap":
+            self._line(f"{fields['rows']} of {fields['held_out']} held-out rows also stand among the training rows, so "
+                       "their score says little of new rows; take them out of one side")  # fmt: skip
         elif kind == "evolve":
             who, tasks = ", ".join(fields["variants"]), ", ".join(fields["tasks"])
             self._line(f"{fields['name']}: mixtures of {who} for {tasks}, {fields['steps']} generations in "

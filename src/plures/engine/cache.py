@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 BLOCK = 32
-Chain = tuple[int, tuple[int, ...]]
+Node = int | str  # a block's number in the tree; a variant's identity stands before its first block
+Chain = tuple[Node, tuple[int, ...]]
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Held:
     identity: str
     blocks: list[int] = field(default_factory=list)
     known: int = 0  # blocks at the front that are in the tree
-    node: int = 0  # the tree's node after them
+    node: Node = 0  # the tree's node after them
 
 
 class Cache:
@@ -38,10 +39,9 @@ class Cache:
         self._free = list(range(blocks - 1, -1, -1))
         self._users = np.zeros(blocks, np.int64)
         self._idle: OrderedDict[int, None] = OrderedDict()  # known blocks that no row has, least recently used first
-        self._roots: dict[str, int] = {}
         self._node_of: dict[Chain, tuple[int, int]] = {}  # (parent node, tokens) -> (node, block)
         self._chain_of: dict[int, Chain] = {}  # block -> its entry
-        self._children: dict[int, int] = {}  # node -> entries below it
+        self._children: dict[Node, int] = {}  # node -> entries below it, where there are any
         self._next_node = 1
 
     @property
@@ -62,7 +62,7 @@ class Cache:
         held = Held(identity)
         if not self.share:
             return held, 0
-        held.node = self._root(identity)
+        held.node = identity
         return held, self.reuse(held, tokens, 0)
 
     def reuse(self, held: Held, tokens: list[int], done: int) -> int:
@@ -84,11 +84,6 @@ class Cache:
             return None
         return (held.node, tuple(tokens[done : done + BLOCK])) if done + BLOCK < len(tokens) else None
 
-    def _root(self, identity: str) -> int:
-        if identity not in self._roots:
-            self._roots[identity], self._next_node = self._next_node, self._next_node + 1
-        return self._roots[identity]
-
     def _use(self, block: int) -> None:
         self._users[block] += 1
         self._idle.pop(block, None)
@@ -108,15 +103,16 @@ class Cache:
         """A known block that no row has, and that no other known block follows, made anonymous."""
         for block in self._idle:
             node = self._node_of[self._chain_of[block]][0]
-            if not self._children.get(node):
+            if node not in self._children:
                 break
         else:
             raise AssertionError("every idle block has a block after it")
         del self._idle[block]
         chain = self._chain_of.pop(block)
         del self._node_of[chain]
-        self._children.pop(node, None)
-        self._children[chain[0]] = self._children.get(chain[0], 1) - 1
+        self._children[chain[0]] -= 1
+        if not self._children[chain[0]]:
+            del self._children[chain[0]]
         return block
 
     def learn(self, held: Held, tokens: list[int], done: int) -> None:

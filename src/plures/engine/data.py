@@ -15,12 +15,12 @@ from torch import Tensor
 
 from plures.core.errors import BadInput, WrongUse
 from plures.engine.prompts import open_end, render, template_of
-from plures.engine.rows import FORMATS, Format, Rows, read_rows, split_rows
+from plures.engine.rows import FORMATS, Format, Rows, on_both_sides, read_rows, split_rows
 from plures.tensors.rng import rng
 
 __all__ = [
-    "FORMATS", "Batches", "Encoded", "Example", "Format", "HeldOut", "Rows", "encode", "pack", "read_rows",
-    "split_rows",
+    "FORMATS", "Batches", "Encoded", "Example", "Format", "HeldOut", "Rows", "encode", "on_both_sides", "pack",
+    "read_rows", "split_rows",
 ]  # fmt: skip
 
 IGNORED = -100  # the label that transformers' and our losses leave out

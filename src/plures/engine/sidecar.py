@@ -167,11 +167,13 @@ class Writer:
                 self.path.rename(old)
             try:
                 self.part.rename(self.path)
+                sync_folder(self.path.parent)
             except OSError:
+                if self.path.exists():
+                    self.path.rename(self.part)
                 if old:
                     old.rename(self.path)
                 raise
-            sync_folder(self.path.parent)
             (self.path / self.mark.name).unlink()
         if old:
             shutil.rmtree(old, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from plures.core.errors import BadInput, WrongUse
-from plures.engine.data import Batches, Example, HeldOut, Rows, encode
+from plures.core.events import Events
+from plures.engine.data import Batches, Example, HeldOut, Rows, encode, on_both_sides
 from plures.engine.loop import BatchSource
 from plures.engine.model import Base
 from plures.engine.pairs import PairBatches, check_shared, encode_pairs, log_probs
@@ -66,6 +67,14 @@ def weighted(recipe: TrainRecipe, *several: Rows) -> TrainRecipe:
     for rows in several:
         weights_of(rows, column)
     return replace(recipe, data=replace(recipe.data, weight=column))
+
+
+def tell_overlap(events: Events, recipe: TrainRecipe, rows: Sequence[Rows], held: Sequence[Rows | None]) -> None:
+    """Emit `overlap` where held-out rows stand among those trained on, too: their score is of what was seen."""
+    judged = [part for part in held if part]
+    both = on_both_sides((counting(part, recipe.data.weight)[0] for part in rows), judged) if judged else 0
+    if both:
+        events.emit("overlap", rows=both, held_out=sum(map(len, judged)))
 
 
 def check_alike(column: str) -> None:

@@ -114,6 +114,7 @@ def train_tasks(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bo
     with flow.opened_run(recipe, rows, sinks, resume) as run, Store.open(Path(recipe.fleet)) as store:
         before = start.find(recipe, store)
         flow.begin(recipe, run.folder, rows, before[0].identity if before else "")
+        objective.tell_overlap(run.events, recipe, [task.rows for task in tasks], [task.held for task in tasks])
         loaded = base or flow.loaded_base(recipe, store)
         variants, outcome, scores = _fit(planned, recipe, loaded, tasks, run.folder, run.events, resume,
                                          before[1] if before else None)  # fmt: skip

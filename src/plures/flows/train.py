@@ -196,6 +196,7 @@ def train(recipe: TrainRecipe, *, sinks: tuple[Sink, ...] = (), resume: bool = F
     with opened_run(recipe, train_rows, sinks, resume) as run, Store.open(Path(recipe.fleet)) as store:
         before = start.find(recipe, store)
         begin(recipe, run.folder, train_rows, before[0].identity if before else "")
+        objective.tell_overlap(run.events, recipe, [train_rows], [score_rows])
         loaded = base or loaded_base(recipe, store)
         variant, outcome = _fit(planned, loaded, train_rows, score_rows, run, resume, before)
         variant = variant.with_provenance(**{**chosen, **(facts or {})})

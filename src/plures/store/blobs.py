@@ -12,14 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from plures.core.errors import BadInput, StoreBusy, disk
 from plures.tensors import safe
 from plures.tensors.together import sync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"[0-9a-f]{32}\.(safetensors|db(-wal|-shm|-journal)?)")
@@ -74,7 +76,7 @@ class Blobs:
 
         The order is the promise: the bytes are on the disk before the name is, so a blob under its name is whole.
         A file already there is replaced: it holds these very bytes, or is damaged and is mended by it.
-        Raises: DiskTrouble; nothing is left behind then.
+        Raises: DiskTrouble; nothing is left behind then, but for a whole blob whose name may not last.
         """
         hash = hashlib.sha256(data).digest()
         target, temporary = self.path(hash), self.temporary("safetensors")
@@ -211,6 +213,8 @@ def pack(tensors: Mapping[bytes, Tensor]) -> tuple[bytes, dict[bytes, Spot]]:
 
     Raises: BadInput where safetensors cannot hold one of them.
     """
+    import torch
+
     spots: dict[bytes, Spot] = {}
     stacks: list[list[Tensor]] = []
     form: tuple[object, ...] = ()

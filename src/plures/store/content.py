@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plures.core.errors import BadInput
 from plures.store.names import shown
 from plures.tensors.safe import tensor_hash
 from plures.tensors.variant import Variant, from_flat, identity_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plures.core.errors import BadInput
 from plures.store.blobs import Blobs, Spot
@@ -16,6 +14,9 @@ from plures.store.unpack import GROUP, METHOD, SHARED, Codecs, as_plain
 from plures.store.versions import find_version
 from plures.tensors.safe import tensor_hash
 from plures.tensors.variant import Variant, from_flat, identity_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Where = dict[str, tuple[bytes, bytes, Spot]]  # {flat name: (tensor hash, blob hash, spot)}
 

@@ -6,8 +6,7 @@ import hashlib
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from plures.core.errors import BadInput, StoreBusy
 from plures.store.blobs import Blobs, Spot, pack
@@ -26,6 +25,9 @@ from plures.store.versions import (
     put_scores,
 )
 from plures.tensors.variant import BaseRef, Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

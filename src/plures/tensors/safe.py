@@ -9,16 +9,16 @@ import struct
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
-from torch import Tensor
 
 from plures.core.errors import BadInput, disk
 from plures.tensors.together import sync_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -87,12 +87,16 @@ def metadata(path: Path) -> dict[str, str]:
 
 def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> bytes:
     """The safetensors file of `tensors` as bytes; equal tensors in, equal bytes out, whatever the order."""
+    from safetensors.torch import save
+
     whole = {k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}
     return save(whole, metadata=dict(meta) if meta else None)
 
 
 def from_bytes(data: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file that is in memory. Raises: BadInput."""
+    from safetensors.torch import load
+
     try:
         return dict(load(data))
     except (SafetensorError, ValueError, KeyError) as error:
@@ -126,6 +130,8 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> int:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write numpy arrays as safetensors, atomically and without a copy of them; for what is as large as memory."""
+    import numpy as np
+
     kinds = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32"}
     told, at, whole = dict[str, Any](), 0, {k: np.ascontiguousarray(arrays[k]) for k in sorted(arrays)}
     for name, array in whole.items():
@@ -145,6 +151,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | N
 
 def tensor_hash(t: Tensor) -> str:
     """SHA-256 over dtype, shape and bytes, in hex: equal content, equal hash, wherever it stands."""
+    import torch
+
     flat = t.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')}{list(flat.shape)}".encode())
     digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Tensors = Mapping[str, Tensor]
+Tensors: TypeAlias = "Mapping[str, Tensor]"
 
 
 @dataclass(frozen=True)

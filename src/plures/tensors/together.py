@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from types import TracebackType
 from plures.core.errors import DiskTrouble, WrongUse, disk
 
 _SYSTEM = re.compile(r"\(os error (\d+)\)")
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # fsync has no folders here
 
 
 class Together:
@@ -55,6 +57,9 @@ class Together:
                 with disk(path):
                     old[path] = _kept(path)
                     os.replace(beside, path)
+            for folder in {path.parent for path, _ in self.made}:
+                with disk(folder):
+                    sync_folder(folder)
         except BaseException:
             for path, beside in self.made:
                 if path in old and not beside.exists():  # it was put in place
@@ -65,8 +70,6 @@ class Together:
             for kept in old.values():
                 if kept is not None:
                     kept.unlink(missing_ok=True)
-        for folder in {path.parent for path, _ in self.made}:
-            sync_folder(folder)
 
 
 def _beside(path: Path) -> Path:
@@ -83,15 +86,20 @@ def _kept(path: Path) -> Path | None:
 
 
 def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut; a no-op where the system cannot."""
+    """fsync a folder, so that a rename in it survives a power cut.
+
+    A no-op where the file system has no such thing, or the folder may be written and not be read.
+    Raises: OSError where the rename may be lost: the disk fails, or is full.
+    """
     try:
         fd = os.open(path, os.O_RDONLY)
-    except OSError:
+    except PermissionError:
         return
     try:
         os.fsync(fd)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
     finally:
         os.close(fd)
 
@@ -121,10 +129,9 @@ def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
         with disk(out):
             _sync_all(part)
             if place is out:
-                os.rename(part, out)
+                _rename(part, out)
             else:
                 _move_into(part, out)
-            sync_folder(part.parent)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if found := _SYSTEM.search(str(error)):  # safetensors and tokenizers have errors of their own for the system's
@@ -144,6 +151,16 @@ def _sync_all(folder: Path) -> None:
     sync_folder(folder)
 
 
+def _rename(part: Path, out: Path) -> None:
+    """Give `part` the name `out`, to last; after an error it has its own."""
+    os.rename(part, out)
+    try:
+        sync_folder(out.parent)
+    except BaseException:
+        os.rename(out, part)
+        raise
+
+
 def _move_into(part: Path, out: Path) -> None:
     """Move all that `part` holds into `out`, weights last; after an error, `out` holds none of it."""
     moved: list[Path] = []
@@ -152,6 +169,7 @@ def _move_into(part: Path, out: Path) -> None:
             os.rename(path, out / path.name)
             moved.append(out / path.name)
         part.rmdir()
+        sync_folder(out)
     except BaseException:
         for path in moved:
             if path.is_dir():

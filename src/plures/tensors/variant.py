@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from plures.core.errors import BadInput
 from plures.tensors.safe import tensor_hash
 from plures.tensors.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = 1
 
