@@ -7,6 +7,7 @@ At a site `y = W x`, an error `D` of the delta moves the loss by about `tr(G D C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 
@@ -28,20 +29,20 @@ def metric(moments: Iterable[tuple[Tensor, Tensor]], rows: float) -> dict[str, T
     `rows`: how many vectors of each side will be packed in it; the more they are, the finer it is told. Moments of
     zeros, of which nothing was measured, leave a side as it is. The unit does not matter.
     """
-    kept, bases, scales, sizes = list[int](), list[Tensor](), list[Tensor](), list[Tensor]()
+    kept, bases, scales, sizes, seen = list[int](), list[Tensor](), list[Tensor](), list[Tensor](), list[bool]()
     for pair in moments:
         for moment in pair:
             basis, scale, size = weighed(moment.float().cpu(), rows)
+            seen.append(bool(moment.any()))
             kept.append(len(scale))
             bases.append(basis.reshape(-1))
             scales.append(scale)
             sizes.append(size)
     for side in (0, 1):  # each at about 1, so that whatever the unit is, numbers are of a usual size
-        told = [s for s, k in zip(sizes[side::2], kept[side::2], strict=True) if k or float(s) != 1]
-        usual = torch.stack([s.square().mean() for s in told]).mean().sqrt() if told else torch.ones(())
-        for at in range(side, len(sizes), 2):
-            if kept[at] or float(sizes[at]) != 1:
-                sizes[at] = sizes[at] / usual
+        mine = [at for at in range(side, len(sizes), 2) if seen[at]]
+        usual = math.sqrt(sum(float(sizes[at].square().mean()) for at in mine) / max(len(mine), 1))
+        for at in mine:
+            sizes[at] = sizes[at] / usual
     found = torch.tensor(kept, dtype=torch.int32), torch.cat(bases), torch.cat(scales), torch.cat(sizes)
     return dict(zip(LEAVES, found, strict=True))
 
