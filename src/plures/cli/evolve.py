@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import JsonOption, read_recipe, say_json
+from plures.cli.output import JsonOption, read_recipe, say_json, say_plan
 
 
 def command(
     recipe: Annotated[
         list[str], typer.Argument(help="recipe.yaml and overrides key=value, in any order; or only overrides.")
     ],
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would score and publish, and stop.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Mix variants by search, so that they are good at several tasks. See `plures recipe evolve` for all keys."""
@@ -23,9 +24,12 @@ def command(
     from plures.flows.recipes import EvolveRecipe
 
     loaded = read_recipe(EvolveRecipe, "evolve", recipe)
-    from plures.flows.evolve import evolve
+    from plures.flows import evolve as flow
 
-    done = evolve(loaded, sinks=(Console(),))
+    if plan:
+        say_plan(flow.plan(loaded), json)
+        return
+    done = flow.evolve(loaded, sinks=(Console(),))
     if json:
         say_json(asdict(done))
         return

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import FleetOption, JsonOption, fleet_path, say_json
+from plures.cli.output import FleetOption, JsonOption, fleet_path, refuse_unused, say_json, say_plan
 
 
 def command(
     name: Annotated[str, typer.Argument(help="The recipe's name: its variants are NAME-0, NAME-1 …")],
     rows: Annotated[str, typer.Option(help="The rows to forget: a file or a folder, in the columns of the recipe.")],
     retrain: Annotated[bool, typer.Option("--retrain", help="Train them again without the rows.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what goes and what is trained again, and stop.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; without it, only say what would be done.")] = False,
     fleet: FleetOption = "",
     json: JsonOption = False,
@@ -22,24 +23,25 @@ def command(
     from pathlib import Path
 
     from plures.cli.progress import Console
-    from plures.flows.forget import forget
+    from plures.flows import forget as flow
 
-    told = forget(fleet_path(fleet), name, Path(rows), retrain=retrain, dry=not yes, by="command line",
+    if plan:
+        refuse_unused("a plan, which changes nothing", yes=yes)
+        say_plan(flow.plan(fleet_path(fleet), name, Path(rows), retrain=retrain), json)
+        return
+    told = flow.forget(fleet_path(fleet), name, Path(rows), retrain=retrain, dry=not yes, by="command line",
                   sinks=(Console(),))  # fmt: skip
     if json:
         say_json(asdict(told) | {"done": yes})
         return
-    typer.echo(f"{told.found} of {told.asked} rows were seen here, in shards {', '.join(map(str, told.shards)) or '-'}")
+    typer.echo(told.said_first())
     if told.gone:
         typer.echo(f"{'removed' if yes else 'would remove'} {', '.join(told.gone)}")
     if told.again and not yes:
         typer.echo(f"{'would train' if retrain else '--retrain would train'} again {', '.join(told.again)}")
     if told.made:
         typer.echo(f"trained again {', '.join(told.made)}")
-    if told.elsewhere:
-        typer.echo(f"also seen by {', '.join(told.elsewhere)}: forget them there too")
-    if told.unsaid:
-        few = ", ".join(told.unsaid[:5]) + (" …" if len(told.unsaid) > 5 else "")
-        typer.echo(f"{len(told.unsaid)} versions do not say which rows they saw: {few}")
+    for line in told.said_last():
+        typer.echo(line)
     if told.gone and not yes:
         typer.echo("nothing was changed; --yes does it")

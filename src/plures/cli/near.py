@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plures.cli.output import JsonOption, say_json, say_text, split_said, table
+from plures.cli.output import JsonOption, say_json, say_plan, say_text, split_said, table
 
 TEXT = 80  # characters of a row's text that are shown
 
@@ -19,6 +19,7 @@ def command(
     like: Annotated[str, typer.Option("--like", help="Rows to ask with, in place of a query.")] = "",
     among: Annotated[str, typer.Option("--among", help="Only rows of this choice by plures select.")] = "",
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every row, without an index.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would read and build, and stop.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Find the rows nearest to a text, by the vectors of `plures embed`. See `plures recipe near` for all keys."""
@@ -26,7 +27,7 @@ def command(
 
     from plures.core.errors import WrongUse
     from plures.core.recipe import load
-    from plures.flows.near import near
+    from plures.flows import near as flow
     from plures.flows.recipes import NearRecipe
 
     texts, said = split_said(given or ())
@@ -35,8 +36,11 @@ def command(
                        "named as their folder")  # fmt: skip
     plain = {"query": "".join(texts), "features": features, "k": k, "like": like, "among": among, "exact": exact}
     kept = {name: value for name, value in plain.items() if value not in ("", None, False)}
-    done = near(load(NearRecipe, {"pool": pool, **kept}, said, where="near"),
-                say=lambda text: typer.echo(text, err=True))  # fmt: skip
+    wanted = load(NearRecipe, {"pool": pool, **kept}, said, where="near")
+    if plan:
+        say_plan(flow.plan(wanted), json)
+        return
+    done = flow.near(wanted, say=lambda text: typer.echo(text, err=True))
     if json:
         say_json(asdict(done))
         return

@@ -19,7 +19,7 @@ def command(
         list[str] | None, typer.Option("--want", help="loss, tokens, disagreement or gradients; may be repeated.")
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Where the rows go with their new columns.")] = "",
-    plan: Annotated[bool, typer.Option("--plan", help="Say what it would load and write, and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would load, write and take, and stop.")] = False,
     fleet: FleetOption = "",
     json: JsonOption = False,
 ) -> None:
@@ -27,12 +27,13 @@ def command(
     from dataclasses import asdict
 
     from plures.flows import rate as flow
+    from plures.flows import rate_plan
     from plures.flows.recipes import RateRecipe
 
     given = {"variants": variants, "want": want, "out": out, "fleet": said_fleet(fleet, context)}
     wanted = read_recipe(RateRecipe, "rate", rows, given, others="rows")
     if plan:
-        say_plan(flow.plan(wanted), json)
+        say_plan(rate_plan.plan(wanted), json)
         return
     done = flow.rate(wanted, say=lambda text: typer.echo(text, err=True))
     if json:

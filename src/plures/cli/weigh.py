@@ -13,7 +13,7 @@ def command(
     recipe: Annotated[
         list[str], typer.Argument(help="recipe.yaml and overrides key=value, in any order; or only overrides.")
     ],
-    plan: Annotated[bool, typer.Option("--plan", help="Say what it would read and train, and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would read, train and take, and stop.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Learn weights of the sources of rows from held-out rows. See `plures recipe weigh` for all keys."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ Array = np.ndarray[Any, Any]
 Say = Callable[[str], None]
 BLOCK = 8192  # rows that are added at once
 QUERIES = 1024  # that are compared with every row at once
+TRIED = 4096  # rows of the index that says how long another takes
 
 
 def index(beside: Sidecar, M: int, ef_construction: int, say: Say = lambda _: None) -> Any:
@@ -35,25 +37,59 @@ def index(beside: Sidecar, M: int, ef_construction: int, say: Say = lambda _: No
     It is built by one thread, so that on one kind of processor equal vectors make equal files.
     Raises: MissingExtra; DiskTrouble where it cannot be written.
     """
-    try:
-        import usearch
-        from usearch.index import Index
-    except ImportError as error:
-        raise missing("usearch", "near", "an index of a pool (not needed with exact=true)") from error
-    path = beside.path / f"hnsw-{M}-{ef_construction}.usearch"
-    of = {"vectors": beside.identity, "rows": beside.about.rows, "width": beside.about.width, "M": M,
-          "ef_construction": ef_construction, "usearch": usearch.__version__}  # fmt: skip
-
-    def empty() -> Any:
-        return Index(ndim=beside.about.width, metric="ip", dtype="f16", connectivity=M, expansion_add=ef_construction,
-                     enable_key_lookups=False)  # fmt: skip
-
-    made = empty()
+    path, of, made = _place(beside, M, ef_construction)
     if not _kept(path, of, made):
-        _build(empty(), beside, path, of, say)
-        made = empty()
+        _build(_empty(beside, M, ef_construction), beside, path, of, say)
+        made = _empty(beside, M, ef_construction)
         made.view(path)
     return made
+
+
+def there(beside: Sidecar, M: int, ef_construction: int) -> bool:
+    """Whether the sidecar has such an index of its vectors already. Raises: MissingExtra."""
+    return _kept(*_place(beside, M, ef_construction))
+
+
+def index_bytes(rows: int, width: int, M: int) -> int:
+    """What the file of an index takes, within some per cent: by each row its vector, 2 M links of 4 bytes on the lowest
+    level, 1 / M as many on those above, its key, its level and the two counts of its links.
+    """
+    return round(rows * (2 * width + 8 * M * (1 + 0.5 / max(M - 1, 1)) + 18))
+
+
+def build_s(beside: Sidecar, M: int, ef_construction: int) -> float:
+    """About how long building an index takes, in seconds, by one of some rows: a factor of two or three from it.
+
+    The last of them take T each at about m rows; a row takes more where there are more, about T (rows / m)^(1/4).
+    """
+    n, made = beside.about.rows, _empty(beside, M, ef_construction)
+    some = min(n, TRIED)
+    rows = beside.at(np.linspace(0, n - 1, some).astype(np.int64))
+    before, keys = some * 3 // 4, np.arange(some, dtype=np.uint64)
+    made.add(keys[:before], rows[:before], threads=1)
+    began = time.process_time()
+    made.add(keys[before:], rows[before:], threads=1)
+    each = (time.process_time() - began) / max(some - before, 1)
+    return float(n * each * max(1.0, n / some) ** 0.25 / 1.25)  # 1.25: the mean over a growing index
+
+
+def _place(beside: Sidecar, M: int, ef_construction: int) -> tuple[Path, dict[str, Any], Any]:
+    """The index's file, what it is built of, and an empty one. Raises: MissingExtra."""
+    try:
+        import usearch
+    except ImportError as error:
+        raise missing("usearch", "near", "an index of a pool (not needed with exact=true)") from error
+    of = {"vectors": beside.identity, "rows": beside.about.rows, "width": beside.about.width, "M": M,
+          "ef_construction": ef_construction, "usearch": usearch.__version__}  # fmt: skip
+    return beside.path / f"hnsw-{M}-{ef_construction}.usearch", of, _empty(beside, M, ef_construction)
+
+
+def _empty(beside: Sidecar, M: int, ef_construction: int) -> Any:
+    """An index of these settings without rows."""
+    from usearch.index import Index
+
+    return Index(ndim=beside.about.width, metric="ip", dtype="f16", connectivity=M, expansion_add=ef_construction,
+                 enable_key_lookups=False)  # fmt: skip
 
 
 def _kept(path: Path, of: dict[str, Any], made: Any) -> bool:
@@ -123,6 +159,19 @@ def exact(beside: Sidecar, queries: Array, k: int, among: Array | None = None) -
     row = np.concatenate([exactly.nearest(n, read, queries[at : at + QUERIES], k)[0]
                           for at in range(0, len(queries), QUERIES)])  # fmt: skip
     return _ordered(beside, queries, row if among is None else among[row])
+
+
+def exact_s(beside: Sidecar, queries: int, k: int, among: Array | None = None) -> float:
+    """About how long comparing so many queries with all rows takes, in seconds: some blocks are read and compared."""
+    n = beside.about.rows if among is None else len(among)
+    turns, m = -(-queries // QUERIES), min(queries, QUERIES)
+    some = min(n, TRIED)
+    asked, spent = beside.at(np.arange(m) % beside.about.rows), []
+    for _ in range(3):
+        began = time.process_time()
+        exactly.nearest(some, lambda at: beside.at(at if among is None else among[at]), asked, min(k, some))
+        spent.append(time.process_time() - began)
+    return float(min(spent) * n / some * turns)
 
 
 def _ordered(beside: Sidecar, queries: Array, row: Array) -> tuple[Array, Array]:

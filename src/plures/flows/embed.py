@@ -108,15 +108,20 @@ def place(source: Candidates) -> str:
     return f"{str(source.files[0]) if len(source.files) == 1 else str(source.files[0].parent)}.emb"
 
 
+def how(beside: Sidecar) -> About:
+    """What made a sidecar's vectors. Raises: BadInput where it does not say."""
+    if not beside.about.text:
+        raise BadInput(f"{str(beside.path)!r} does not say what made its vectors; run plures embed again")
+    return beside.about
+
+
 def alike(beside: Sidecar, device: str = "auto") -> tuple[About, Encode]:
     """What makes vectors of other rows, float32 `[n, width]` of length 1, as those of a sidecar were made.
 
     It takes a column, its file and its part, for messages; the About names the column. Raises: BadInput where the
     sidecar does not say how, or the model gives another width, or cannot be had; MissingExtra.
     """
-    about = beside.about
-    if not about.text:
-        raise BadInput(f"{str(beside.path)!r} does not say what made its vectors; run plures embed again")
+    about = how(beside)
     recipe = EmbedRecipe([], text=about.text, model=about.model, width=about.width, turns=about.turns, device=device)
     encode = _encode(recipe, _model(recipe)[0])
 

@@ -28,11 +28,13 @@ from plures.adapt.lora import Lora
 from plures.choice.elites import Archives, Grid, Scores
 from plures.core.errors import BadInput, WrongUse
 from plures.core.events import Events, Sink
+from plures.core.units import si_bytes
 from plures.engine.model import Base
+from plures.flows.costs import Cost, padded, per_unit, sized
 from plures.flows.evolve_rows import ByRows
 from plures.flows.evolve_state import Born, Run
 from plures.flows.recipes import EvolveRecipe
-from plures.flows.train import held_run
+from plures.flows.train import device, held_run
 from plures.store import Store, Version
 from plures.store.names import check_name
 from plures.tensors.breed import Frame, crossed, framed, mutated
@@ -65,6 +67,90 @@ class Evolved:
     elites: dict[str, int]
     generations: int
     run: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search takes: generations that are `left` of all (each makes one child, which is scored), and the windows
+    of each task's rows that are searched on and compared on.
+
+    Beside the children, the base, the variants and their mean are scored first, and these with the best in the end.
+    `batches` are forward passes in all, of `tokens`, padding with them. `read_bytes` are of the base and the variants,
+    `write_bytes` of what is published.
+    """
+
+    names: tuple[str, ...]
+    variants: tuple[str, ...]
+    generations: int
+    left: int
+    windows: dict[str, tuple[int, int]]
+    batches: int
+    tokens: int
+    rank: int
+    sites: int
+    read_bytes: int
+    write_bytes: int
+    seconds: float
+    timed: bool
+    run: str
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        of = ", ".join(f"{task} ({a:,} windows to search on, {b:,} to compare on)"
+                       for task, (a, b) in self.windows.items())  # fmt: skip
+        done = f"; {self.generations - self.left:,} are done in {self.run}" if self.left < self.generations else ""
+        names = ", ".join(self.names)
+        return [f"mixtures of {', '.join(self.variants)}, LoRAs of rank {self.rank} at {self.sites} sites, for {of}",
+                f"{self.generations:,} generations of one child each{done}",
+                f"{self.batches:,} forward passes over {self.tokens:,} tokens",
+                f"{si_bytes(self.read_bytes)} are read, {si_bytes(self.write_bytes)} published as {names}",
+                Cost(self.seconds, self.timed).line()]  # fmt: skip
+
+
+def plan(recipe: EvolveRecipe) -> Plan:
+    """What `evolve` would do with files of rows: rows and variants are read, and a small base is timed on some of them.
+
+    Raises: as `evolve`, where it is known by then.
+    """
+    _check(recipe, None)
+    with Store.open(Path(recipe.fleet)) as store:
+        versions = [store.resolve(ref) for ref in recipe.variants]
+        breed = Breed(_loaded(store, versions), recipe.rank)
+        of = sized(store.base, recipe.base_dtype, device(recipe.device, "device"))
+    rows = ByRows(recipe, of.base.ref, of.base)
+    names = tuple(check_name(f"{recipe.name}-{task}") for task in sorted(rows.batches))
+    run = Run(recipe, [v.identity for v in versions], rows.fingerprints, of.base.ref.hash)
+    kept, firsts = run.take_up(), len(versions) + 1
+    left = max(0, recipe.generations - (kept[1] if kept else 0))
+    search, check = ([both[part] for both in rows.batches.values()] for part in (0, 1))
+    asked, shown = left + (0 if kept else 1 + firsts), 1 + firsts + len(names) + 1
+    batches, tokens = (asked * sum(map(size, search)) + shown * sum(map(size, check)) for size in (len, padded))
+    each = breed.variant(breed.parents[0]).n_bytes()
+    cost = _timed(recipe, breed, rows, left, tokens, of.device) if of.small else of.computed(tokens, 1)
+    counts = {task: (len(a.examples), len(b.examples)) for task, (a, b) in rows.batches.items()}
+    return Plan((recipe.name, *names), tuple(v.ref for v in versions), recipe.generations, left, counts, batches,
+                tokens, breed.rank, len(breed.sites), of.n_bytes + sum(v.n_bytes for v in versions),
+                each * (1 + len(names)), cost.seconds, cost.timed, str(run.folder))  # fmt: skip
+
+
+def _timed(recipe: EvolveRecipe, breed: Breed, rows: ByRows, left: int, tokens: int, on: str) -> Cost:
+    """By making two children, and scoring one on some rows."""
+
+    def child() -> float:
+        genome = breed.cross(breed.parents, [1.0] * len(breed.parents))
+        for site in breed.sites:
+            shares = torch.zeros(min(genome[site].shape), dtype=torch.float64)
+            genome[site] = mutated(genome[site], breed.parents[0][site], shares)
+        made.append(breed.variant(genome))
+        return 1.0
+
+    made: list[Variant] = []
+    try:
+        each = per_unit([child, child])
+        token = per_unit([lambda: rows.piece(made[0], 4 * recipe.batch_rows)] * 2, on)
+    finally:
+        rows.close()
+    return Cost(left * each + tokens * token, True)
 
 
 class Breed:

@@ -12,6 +12,7 @@ from plures.engine.data import HeldOut, Rows, encode, read_rows, split_rows
 from plures.engine.model import Base, load_base
 from plures.engine.score import evaluate
 from plures.flows import train as flow
+from plures.flows.costs import padded, spread
 from plures.flows.objective import on_device, pad_id
 from plures.flows.recipes import EvolveRecipe
 from plures.tensors.variant import BaseRef, Variant
@@ -60,18 +61,31 @@ class ByRows:
         """Scores on the other rows."""
         return self._scores(variant, 1)
 
-    def _scores(self, variant: Variant, part: int) -> dict[str, float]:
+    def _fill(self, variant: Variant) -> None:
+        """Put a variant on the base, in place of the one before."""
         if self.model is self.base.model:
             self.model = attach(self.base.model, variant, SLOT)
         else:
             layers = {m.name: m for m in self.model.modules() if isinstance(m, PluresLayer)}
             fill_layers(layers, SLOT, Laid(variant.sites, variant.group_of, variant.own, variant.pool))
+
+    def _scores(self, variant: Variant, part: int) -> dict[str, float]:
+        self._fill(variant)
         where = next(self.model.parameters()).device
 
         def score(batches: HeldOut) -> float:
             return -evaluate(self.model, lambda: on_device(batches, where), batches.n_bytes).bits_per_byte
 
         return {name: score(both[part]) for name, both in self.batches.items()}
+
+    def piece(self, variant: Variant, rows: int) -> float:
+        """Put a variant on the base and score some rows, for a plan; the tokens that were run through, with padding."""
+        every = next(iter(self.batches.values()))[0]
+        some = HeldOut(spread(every.examples, rows), every.batch_rows, 1 << 30, every.pad_id)
+        self._fill(variant)
+        where = next(self.model.parameters()).device
+        evaluate(self.model, lambda: on_device(some, where), some.n_bytes)
+        return float(padded(some))
 
     def close(self) -> None:
         """Leave the base as it was."""

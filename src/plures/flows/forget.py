@@ -18,13 +18,18 @@ from typing import Any
 from plures.core.errors import BadInput, WrongUse, disk, nearest
 from plures.core.events import Sink
 from plures.core.recipe import load
+from plures.core.units import si_bytes
 from plures.engine.data import Rows, read_rows
 from plures.engine.packed import FOLDER, path_of
+from plures.flows import objective, training_cost
+from plures.flows import train as flow
+from plures.flows.costs import Cost, Sized, sized
 from plures.flows.desk import Desk
 from plures.flows.recipes import TrainRecipe
 from plures.flows.shards import Job, Seen, job, marks, run_all, shards_of
-from plures.flows.train import held_run, read
+from plures.flows.train import device, held_run, read
 from plures.store import Store, Version
+from plures.tensors import safe
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,70 @@ class Forgotten:
     made: tuple[str, ...]
     elsewhere: tuple[str, ...]
     unsaid: tuple[str, ...]
+
+    def said_first(self) -> str:
+        """How many of the rows were seen, and in which shards."""
+        return f"{self.found} of {self.asked} rows were seen here, in shards {', '.join(map(str, self.shards)) or '-'}"
+
+    def said_last(self) -> list[str]:
+        """What is not forgotten by this, or not known."""
+        out = [f"also seen by {', '.join(self.elsewhere)}: forget them there too"] if self.elsewhere else []
+        if self.unsaid:
+            few = ", ".join(self.unsaid[:5]) + (" …" if len(self.unsaid) > 5 else "")
+            out.append(f"{len(self.unsaid)} versions do not say which rows they saw: {few}")
+        return out
+
+
+@dataclass(frozen=True)
+class Again:
+    """A variant that is trained again: the shards and the rows that it learns from (`held_out` are scored on), what it
+    `starts` from, and its steps, of which `done` are kept of a call that was cut short.
+    """
+
+    name: str
+    shards: tuple[int, ...]
+    rows: int
+    held_out: int
+    starts: str
+    steps: int
+    done: int
+
+    def line(self) -> str:
+        """As people read it."""
+        begun = f", of which {self.done:,} are done" if self.done else ""
+        return (f"{self.name} is trained again from {self.starts} on shards {', '.join(map(str, self.shards))}: "
+                f"{self.rows:,} rows, {self.steps:,} steps{begun}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What forgetting means, and what training again takes, where that is asked for (`retrain`).
+
+    `gone_bytes` are of the versions that go, less where others have some of their tensors too; `made_bytes` of those
+    that are trained. `seconds` are of training alone.
+    """
+
+    told: Forgotten
+    retrain: bool
+    trained: tuple[Again, ...]
+    gone_bytes: int
+    made_bytes: int
+    seconds: float
+    timed: bool
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        told, out = self.told, [self.told.said_first()]
+        if told.gone:
+            size = si_bytes(self.gone_bytes)
+            out.append(f"removes {', '.join(told.gone)} with their runs: at most {size} of tensors")
+        if told.again and not self.retrain:
+            out.append(f"--retrain would train again {', '.join(told.again)}; asked for here too, it says what that "
+                       "takes")  # fmt: skip
+        out += [one.line() for one in self.trained]
+        if self.trained:
+            out += [f"{si_bytes(self.made_bytes)} of variants are published", Cost(self.seconds, self.timed).line()]
+        return [*out, *told.said_last()]
 
 
 @dataclass(frozen=True)
@@ -108,19 +177,7 @@ def forget(fleet: Path, name: str, rows: Rows | Path, *, retrain: bool = False, 
     Raises: WrongUse where no version is of such shards; BadInput where the files no longer hold the rows that are kept;
         StoreBusy while one of them is being trained.
     """
-    with Store.open(fleet) as store:
-        known = _Fleet.read(store)
-    of = [ref for ref, s in known.seen.items() if s.of == name]
-    if not of:
-        names = {s.of for s in known.seen.values()}
-        raise WrongUse(f"no variants of shards are called {name!r} here.{nearest(name, names)} Only what was trained "
-                       "with shards.count can forget")  # fmt: skip
-    if isinstance(rows, Path):
-        rows = read_rows(rows, columns=known.facts[of[-1]]["recipe"]["data"]["columns"])
-    lost = frozenset(marks(rows))
-    gone = known.tainted(name, lost)
-    again = known.again(gone)
-    told = known.told(lost, gone, again)
+    known, lost, gone, again, told = _asked(fleet, name, rows)
     if dry or not gone:
         return told
     ready = [found for v in again if (found := _without(fleet, known, v, lost, source))] if retrain else []
@@ -143,6 +200,66 @@ def forget(fleet: Path, name: str, rows: Rows | Path, *, retrain: bool = False, 
         told = replace(told, made=tuple(v.ref for v in fresh.values()))
         desk.access.note("forget", by, name=name, rows=told.found, gone=told.gone, made=told.made)
     return told
+
+
+def plan(fleet: Path, name: str, rows: Rows | Path, *, retrain: bool = False) -> Plan:
+    """What `forget` would do. To `retrain`, the files of rows are read and checked, and a small base is timed on some.
+
+    Raises: as `forget`, where it is known by then.
+    """
+    known, lost, gone, again, told = _asked(fleet, name, rows)
+    jobs = [found for v in again if (found := _without(fleet, known, v, lost, None))] if retrain else []
+    sizes, trained, costs = {v.name: v.n_bytes for v in again}, list[Again](), list[Cost]()
+    bases: dict[tuple[str, str], Sized] = {}
+    for one in jobs:
+        on = one.recipe.train.base_dtype, device(one.recipe.train.device)
+        if on not in bases:
+            with Store.open(fleet) as store:
+                bases = {on: sized(store.base, *on)}
+        said, cost = trained_again(one, bases[on])
+        trained.append(said)
+        costs.append(cost)
+    return Plan(told, retrain, tuple(trained), sum(v.n_bytes for v in gone),
+                sum(sizes.get(one.recipe.name, 0) for one in jobs), sum(c.seconds for c in costs),
+                all(c.timed for c in costs))  # fmt: skip
+
+
+def trained_again(one: Job, of: Sized) -> tuple[Again, Cost]:
+    """What training a variant again takes. Raises: as training, where it is known by then."""
+    planned = flow.plan(one.recipe)
+    objective.check_rows(one.recipe, planned.loss, one.rows, one.held or None)
+    work = training_cost.of(planned, one.rows, one.held or None, of)
+    with Store.open(Path(one.recipe.fleet)) as store:
+        starts = store.resolve(one.recipe.start.variant).ref if one.recipe.start.variant else "the base"
+    done = min(work.steps, _kept_steps(flow.run_folder(one.recipe, one.rows)))
+    said = Again(one.recipe.name, tuple(sorted(map(int, one.seen.rows))), len(one.rows), len(one.held), starts,
+                 work.steps, done)  # fmt: skip
+    return said, replace(work.cost, seconds=work.cost.seconds * (1 - done / work.steps))
+
+
+def _kept_steps(folder: Path) -> int:
+    """The step of a run's checkpoint; 0 where there is none."""
+    path = folder / "checkpoint.safetensors"
+    return int(json.loads(safe.metadata(path)["progress"])["step"]) if path.exists() else 0
+
+
+def _asked(fleet: Path, name: str, rows: Rows | Path) -> tuple[_Fleet, frozenset[str], list[Version], list[Version],
+                                                               Forgotten]:  # fmt: skip
+    """The fleet, the marks of the rows, the versions that go, those to be trained again, and what that means."""
+    with Store.open(fleet) as store:
+        known = _Fleet.read(store)
+    of = [ref for ref, s in known.seen.items() if s.of == name]
+    if not of:
+        names = {s.of for s in known.seen.values()}
+        raise WrongUse(f"no variants of shards are called {name!r} here.{nearest(name, names)} Only what was trained "
+                       "with shards.count can forget")  # fmt: skip
+    if isinstance(rows, Path):
+        rows = read_rows(rows, columns=known.facts[of[-1]]["recipe"]["data"]["columns"])
+    lost = frozenset(marks(rows))
+    gone = known.tainted(name, lost)
+    again = known.again(gone)
+    told = known.told(lost, gone, again)
+    return known, lost, gone, again, told
 
 
 def _hand_over(desk: Desk, some: Collection[Version], gone: Collection[Version], by: str) -> None:

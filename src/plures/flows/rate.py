@@ -20,11 +20,10 @@ from torch import Tensor
 
 from plures.core.errors import BadInput, WrongUse, disk
 from plures.core.recipe import to_dict
-from plures.core.units import si_bytes
 from plures.engine.columns import short
 from plures.engine.data import Rows, read_rows
 from plures.engine.generate import Session
-from plures.engine.model import DTYPES, Base, empty_base, load_base, load_tokenizer
+from plures.engine.model import Base, load_base, load_tokenizer
 from plures.engine.rate import Alone, Gradients, examples_of, fresh_lora, measure, pair_loss
 from plures.flows import selection
 from plures.flows.held import held
@@ -63,16 +62,11 @@ def rate(recipe: RateRecipe, say: Say = lambda _: None) -> Rated:
     Raises: WrongUse for a request that cannot be met; BadInput for rows that are not what they should be, or that
         cannot be given a finite number; StoreBusy while another process writes the same file; what reading raises.
     """
-    rows = read_rows(_sources(recipe), columns=recipe.columns)
     with Store.open(Path(recipe.fleet)) as store:
-        asked = {ref: None if ref == BASE else store.resolve(ref) for ref in recipe.variants or [BASE]}
-        _check(recipe, rows.format == "pairs")
+        rows, asked = checked(recipe, store)
         there = _table(recipe, rows)
         with _held(Path(f"{recipe.out}.part")) as part:
-            of = {"rows": rows.fingerprint, "base": store.base.hash, "block": BLOCK, "device": device(recipe.device),
-                  "variants": {ref: v.identity if v else "" for ref, v in asked.items()}}  # fmt: skip
-            free = ("fleet", "rows", "columns", "variants", "out", "device")
-            of |= {k: v for k, v in to_dict(recipe).items() if k not in free}
+            of = _of(recipe, rows, store, asked)
             begun = _begun(part, of)
             if recipe.want == ["tokens"]:
                 base = load_tokenizer(store.base)
@@ -88,50 +82,26 @@ def rate(recipe: RateRecipe, say: Say = lambda _: None) -> Rated:
     return Rated(recipe.out, len(rows), tuple(made), means)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a rating takes: the rows, the columns that they get, who is loaded, and how often each row is run through.
-
-    `base_bytes` is 0 where no model is needed. `runs` counts forward passes of a row; each of `backward` of them has
-    a backward pass too.
-    """
-
-    rows: int
-    columns: tuple[str, ...]
-    variants: tuple[str, ...]
-    base_parameters: int
-    base_bytes: int
-    runs: int
-    backward: int
-    out: str
-
-    def lines(self) -> list[str]:
-        """The plan as people read it."""
-        loaded = "the tokenizer alone is loaded"
-        if self.base_bytes:
-            back = ", once with its gradient" if self.backward else ""
-            loaded = (f"{', '.join(self.variants)} loaded on a base of {self.base_parameters:,} numbers, "
-                      f"{si_bytes(self.base_bytes)}; each row is run through {self.runs} times{back}")  # fmt: skip
-        return [f"{self.rows:,} rows get {', '.join(self.columns)}", loaded, f"all rows go to {self.out}"]
-
-
-def plan(recipe: RateRecipe) -> Plan:
-    """What `rate` would do; the rows are read and checked, no weight is. Raises: as `rate`, where it is known by then.
-    """
+def checked(recipe: RateRecipe, store: Store) -> tuple[Rows, dict[str, Version | None]]:
+    """The rows, and who is asked: None is the base. Raises: as `rate`."""
     rows = read_rows(_sources(recipe), columns=recipe.columns)
-    pairs = rows.format == "pairs"
-    with Store.open(Path(recipe.fleet)) as store:
-        asked = [BASE if ref == BASE else store.resolve(ref).ref for ref in recipe.variants or [BASE]]
-        _check(recipe, pairs)
-        _table(recipe, rows)
-        parameters = sum(p.numel() for p in empty_base(store.base).parameters())
-    want = set(recipe.want)
-    loaded, backward = want != {"tokens"}, int("gradients" in want)
-    runs = (len(asked) if want & {"loss", "disagreement"} else 0) + backward
-    runs += int(pairs and bool(want & {"loss", "gradients"}))
-    each = DTYPES[recipe.base_dtype].itemsize
-    return Plan(len(rows), tuple(names(recipe, pairs)), tuple(asked), parameters, parameters * each if loaded else 0,
-                runs, backward, recipe.out)  # fmt: skip
+    asked = {ref: None if ref == BASE else store.resolve(ref) for ref in recipe.variants or [BASE]}
+    _check(recipe, rows.format == "pairs")
+    return rows, asked
+
+
+def left(recipe: RateRecipe, rows: Rows, store: Store, asked: Mapping[str, Version | None]) -> list[int]:
+    """The first rows of the blocks that are not done yet. Raises: as `rate`, for rows that its file cannot hold, or a
+    part that is of something else."""
+    _table(recipe, rows)
+    part = Path(f"{recipe.out}.part")
+    _begun(part, _of(recipe, rows, store, asked))
+    return [at for at in range(0, len(rows), BLOCK) if not _block(part, at).exists()]
+
+
+def _block(part: Path, at: int) -> Path:
+    """The file of the columns of the block that begins with row `at`."""
+    return part / f"{at:012d}.safetensors"
 
 
 def names(recipe: RateRecipe, pairs: bool) -> list[str]:
@@ -269,6 +239,14 @@ def _table(recipe: RateRecipe, rows: Rows) -> pa.Table | None:
     return pa.table(made)
 
 
+def _of(recipe: RateRecipe, rows: Rows, store: Store, asked: Mapping[str, Version | None]) -> dict[str, Any]:
+    """What the files of a part are of."""
+    of = {"rows": rows.fingerprint, "base": store.base.hash, "block": BLOCK, "device": device(recipe.device),
+          "variants": {ref: v.identity if v else "" for ref, v in asked.items()}}  # fmt: skip
+    free = ("fleet", "rows", "columns", "variants", "out", "device")
+    return of | {k: v for k, v in to_dict(recipe).items() if k not in free}
+
+
 @contextmanager
 def _held(part: Path) -> Iterator[Path]:
     """Hold the folder of what is done so far for this process alone. Raises: StoreBusy."""
@@ -298,7 +276,7 @@ def _all_blocks(part: Path, rows: Rows, rater: Rater, say: Say) -> dict[str, Arr
     """The columns of all rows: those of blocks that the part has are read, the others are made and kept there."""
     paths = []
     for at in range(0, len(rows), BLOCK):
-        paths.append(part / f"{at:012d}.safetensors")
+        paths.append(_block(part, at))
         if paths[-1].exists():
             continue
         found: dict[str, Tensor] = {k: torch.from_numpy(v) for k, v in rater.of(rows[at : at + BLOCK]).items()}

@@ -352,13 +352,15 @@ class PackRecipe:
 
     fleet: str = opt(help="the fleet whose variants are packed; it is only read")
     out: str = opt("", "the fleet that they go to, made where it is not there; none: beside it, .packed.fleet")
-    variants: list[str] = opt(default_factory=list, help="which, e.g. [support, legal@3]; none: the latest of all")
+    variants: list[str] = opt(
+        default_factory=list, help="which, e.g. [support, legal@3]; none: the latest of all, and those with aliases"
+    )
     pack: dict[str, Scalar] = opt(
         default_factory=lambda: {"method": "klt"}, help="the packer and its options, e.g. {method: klt, error: 0.05}"
     )
     held_out: str = opt("", "rows to score on, with {name} for the variant's name; none: no scores")
     recovery: float = opt(
-        0.985, "least share of a variant's gain on held-out rows; below it is packed finer, or kept", ge=0.0, le=1.0
+        0.985, "share of a variant's gain on held-out rows that must be left; no finer than that", ge=0.0, le=1.0
     )
     metric: str = opt(
         "", "rows that say which errors matter, by the base's inputs and gradients; {name} for the variant's name"

@@ -108,18 +108,19 @@ def plan(recipe: SelectRecipe) -> Plan:
     source = Candidates(recipe.pool)
     _check_out(recipe, source)
     quotas_of(recipe.at_least, recipe.at_most)
-    made = select_plan.plan(recipe, source, selects.make(name, **options), str(recipe.budget))
-    if not made.rows:
+    method, said = selects.make(name, **options), str(recipe.budget)
+    if not (n := source.count()):
         raise BadInput(f"{str(source.files[0])!r} is empty: there is nothing to choose from")
+    rows, _ = budget_of(said, n)
+    made = select_plan.plan(recipe, source, method, said, None if said.strip() == AUTO else rows)
     select_read.check_features(recipe, source)
     if made.cells:
-        for key, meant in ((f"budget {AUTO}", str(recipe.budget).strip() == AUTO), ("update", bool(recipe.update))):
+        for key, meant in ((f"budget {AUTO}", said.strip() == AUTO), ("update", bool(recipe.update))):
             if meant:
                 raise WrongUse(f"{key} looks at the whole pool and cannot be chosen cell by cell; raise memory_gb, or "
                                "set cell_rows=0")  # fmt: skip
-    rows, _ = budget_of(str(recipe.budget), made.rows)
     if recipe.shares:
-        select_shares.check(recipe.shares, rows if str(recipe.budget).strip() != AUTO else None)
+        select_shares.check(recipe.shares, rows if said.strip() != AUTO else None)
     return made
 
 

@@ -28,11 +28,12 @@ from plures.core.recipe import to_dict
 from plures.core.seeds import stream
 from plures.core.units import si_bytes
 from plures.engine.data import Batches, Rows, encode, read_rows
-from plures.engine.model import DTYPES, Base, empty_base, find_sites, load_base
+from plures.engine.model import Base, empty_base, find_sites, load_base
 from plures.engine.row_weights import refuse
 from plures.engine.score import logits_of
 from plures.engine.weigh import Batch, Settings, Told, Weigher
 from plures.flows import train as flow
+from plures.flows.costs import Cost, per_unit, sized
 from plures.flows.held import held as held_alone
 from plures.flows.objective import OnDevice, pad_id
 from plures.flows.recipes import WeighRecipe
@@ -41,6 +42,7 @@ from plures.loss.sft import summed_loss
 from plures.store import Store
 from plures.tensors import safe
 
+TRIED = 3  # steps that a plan times
 _SLOTS = {"w": "default", "u": "other"}  # adapters on the base, by the model that they are
 
 
@@ -59,7 +61,8 @@ class Weighed:
 @dataclass(frozen=True)
 class Plan:
     """What weighing takes: rows by source, held-out rows, what trains in each of the two models, and steps, in each of
-    which so many `windows` are run through a model with their gradient."""
+    which so many `windows` are run through a model with their gradient. `done` steps are kept of a run that was cut
+    off; `tokens` are of one step, padding with them, and `seconds` those of the steps that are left."""
 
     key: str
     rows: dict[str, int]
@@ -68,33 +71,71 @@ class Plan:
     base_parameters: int
     base_bytes: int
     steps: int
+    done: int
     windows: int
+    tokens: float
+    seconds: float
+    timed: bool
     out: str
 
     def lines(self) -> list[str]:
         """The plan as people read it."""
         rows = ", ".join(f"{source} {n:,}" for source, n in self.rows.items())
+        done = f", of which {self.done:,} are done" if self.done else ""
         return [f"rows by {self.key}: {rows}; {self.held_out:,} held out",
                 f"two models of {self.trained:,} trained numbers each on a base of {self.base_parameters:,}, "
                 f"{si_bytes(self.base_bytes)}",
-                f"{self.steps:,} steps of {self.windows} windows; weights go to {self.out}"]  # fmt: skip
+                f"{self.steps:,} steps{done}, of {self.windows} windows; weights go to {self.out}",
+                f"{self.tokens:,.0f} tokens a step, {Cost(self.seconds, self.timed).line()}"]  # fmt: skip
 
 
 def plan(recipe: WeighRecipe) -> Plan:
-    """What `weigh` would do; the rows are read, no weight is. Raises: as `weigh`, where it is known by then."""
+    """What `weigh` would do: the rows are read and encoded, and some steps are made where the base is small.
+
+    Raises: as `weigh`, where it is known by then.
+    """
     _check(recipe)
     rows, held = (read_rows(of, columns=recipe.columns) for of in (recipe.rows, recipe.held_out))
     refuse(rows, "plures weigh")
-    sources = {name: len(of) for name, of in split(recipe, rows).items()}
+    sources = split(recipe, rows)
     name, options = recipe.method()
     method: Any = adapts.make(name, **options)
     with Store.open(Path(recipe.fleet)) as store:
-        base = empty_base(store.base)
-    with torch.device("meta"):
-        trained = lay(method, find_sites(base, recipe.targets), 0).trained(method.frozen)
-    parameters = sum(p.numel() for p in base.parameters())
-    return Plan(recipe.key, sources, len(held), trained, parameters, parameters * DTYPES[recipe.base_dtype].itemsize,
-                recipe.steps, (2 * len(sources) + 1) * recipe.batch_rows, recipe.out)  # fmt: skip
+        empty = empty_base(store.base)
+        with torch.device("meta"):
+            trained = lay(method, find_sites(empty, recipe.targets), 0).trained(method.frozen)
+        of = sized(store.base, recipe.base_dtype, flow.device(recipe.device, "device"))
+    batches = [_windows(recipe, of.base, source, some) for source, some in sources.items()]
+    outer = _windows(recipe, of.base, "", held)
+    done = _Part(recipe, [*sources.values(), held], of.base).done()
+    tokens = _tokens([*batches, *batches, outer], recipe.steps)
+    if of.small:
+        cost = Cost((recipe.steps - done) * _step_s(recipe, of.base, batches, outer, of.device), True)
+    else:
+        whole = trained > of.parameters / 2
+        cost = of.computed((recipe.steps - done) * tokens, 2 + whole + recipe.gradient_checkpointing)
+    return Plan(recipe.key, {source: len(some) for source, some in sources.items()}, len(held), trained, of.parameters,
+                of.n_bytes, recipe.steps, done, (2 * len(sources) + 1) * recipe.batch_rows, tokens, cost.seconds,
+                cost.timed, recipe.out)  # fmt: skip
+
+
+def _tokens(several: Sequence[Batches], steps: int) -> float:
+    """The tokens of a step's batches, padding with them, in the mean over the first steps."""
+    some = range(min(TRIED, steps))
+    return sum(b.at(i)["input_ids"].numel() for b in several for i in some) / len(some)
+
+
+def _step_s(recipe: WeighRecipe, base: Base, batches: Sequence[Batches], outer: Batches, on: str) -> float:
+    """Seconds of a step, by making some with two fresh adapters."""
+    mine, other = [OnDevice(b, base.model.device) for b in batches], OnDevice(outer, base.model.device)
+    with _two(recipe, base) as model:
+        weigher = _weigher(recipe, model, len(batches))
+
+        def step() -> float:
+            weigher.step([b.at(0) for b in mine], other.at(0))
+            return 1.0
+
+        return per_unit([step] * TRIED, on)
 
 
 def weigh(recipe: WeighRecipe, *, sinks: tuple[Sink, ...] = (), base: Base | None = None) -> Weighed:
@@ -181,11 +222,15 @@ def split(recipe: WeighRecipe, rows: Rows) -> dict[str, Rows]:
 
 
 def _batches(recipe: WeighRecipe, base: Base, source: str, rows: Rows) -> OnDevice:
+    """Batches of one source's rows, moved to the base's device."""
+    return OnDevice(_windows(recipe, base, source, rows), base.model.device)
+
+
+def _windows(recipe: WeighRecipe, base: Base, source: str, rows: Rows) -> Batches:
     """Batches of one source's rows, in an order of its own; of the held-out rows where `source` is ""."""
     examples = encode(rows, base.tokenizer, max_tokens=recipe.max_tokens)
-    made = Batches(examples, batch_rows=recipe.batch_rows, tokens=recipe.max_tokens, packing=recipe.packing,
+    return Batches(examples, batch_rows=recipe.batch_rows, tokens=recipe.max_tokens, packing=recipe.packing,
                    seed=stream(recipe.seed, "weigh", source), pad_id=pad_id(base))  # fmt: skip
-    return OnDevice(made, base.model.device)
 
 
 @contextmanager
@@ -263,11 +308,17 @@ class _Part:
 
     def take_up(self, weigher: Weigher) -> list[Told]:
         """Go on from what was kept, if it is of this run: what the steps so far told."""
-        if not self.path.exists() or safe.metadata(self.path).get("of") != self.of:
+        if not self.done():
             return []
         weigher.restore(safe.read(self.path))
         told = json.loads(safe.metadata(self.path)["told"])
         return [Told(held, w, u, tuple(weights)) for held, w, u, weights in told]
+
+    def done(self) -> int:
+        """How many steps are kept of this run."""
+        if not self.path.exists() or safe.metadata(self.path).get("of") != self.of:
+            return 0
+        return len(json.loads(safe.metadata(self.path)["told"]))
 
     def drop(self) -> None:
         """What was kept is no longer needed."""
