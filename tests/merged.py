@@ -114,9 +114,9 @@ def ramplus_tl(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
     return ram(W, base, g, shape, {"r": 0.1} | o)
 
 
-def arc(a: Any, b: Any, t: float) -> Array:
+def arc(a: Any, b: Any, t: float, near: float = 0.9995) -> Array:
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    if abs(cosine) > 0.9995:
+    if abs(cosine) > near:
         return np.asarray((1 - t) * a + t * b)
     w = np.arccos(cosine)
     return np.asarray((np.sin((1 - t) * w) * a + np.sin(t * w) * b) / np.sin(w))
@@ -127,7 +127,7 @@ def slerp(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
 
 
 def nuslerp(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    return arc(W[0], W[1], g["weight"][1] / sum(g["weight"]))
+    return arc(W[0], W[1], g["weight"][1] / sum(g["weight"]), 1.0)
 
 
 def sphere(W: Any, w: Any, steps: int) -> Array:
@@ -152,7 +152,7 @@ def sphere(W: Any, w: Any, steps: int) -> Array:
 
 
 def multislerp(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    return sphere(W, np.asarray(g["weight"]), 1)
+    return sphere(W, np.asarray(g["weight"]), 1) * (1 if o.get("normalize_weights", True) else sum(g["weight"]))
 
 
 def karcher(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
@@ -162,7 +162,7 @@ def karcher(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
 def model_stock(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
     D, n = W - base, len(W)
     pairs = [D[i] @ D[j] / np.linalg.norm(D[i]) / np.linalg.norm(D[j]) for i in range(n) for j in range(i)]
-    c = max(0.0, float(np.mean(pairs)))
+    c = float(np.mean(pairs))
     t = n * c / (1 + (n - 1) * c)
     return np.asarray(t * W.mean(0) + (1 - t) * base)
 
@@ -194,8 +194,9 @@ def cabs(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
 
 
 def sce(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    D = W - base
-    D = D * top(D.var(0), o.get("select_topk", 1.0))
+    D, share = W - base, o.get("select_topk", 1.0)
+    if share < 1:
+        D = D * top(D.var(0), share * np.count_nonzero(D.var(0)) / D.shape[1])
     w, out = np.square(D).sum(1), np.zeros(D.shape[1])
     for j in range(D.shape[1]):
         those = [i for i in range(len(w)) if np.sign(D[i, j]) == (1 if D[:, j].sum() >= 0 else -1)]
@@ -267,8 +268,8 @@ MERGINGS: dict[str, Merging] = {
     "della": Merging(della, {"normalize": True}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
                     variants=(({"normalize": True}, SPREAD),)),
     "slerp": Merging(slerp, {"t": 0.3}, models=2, symmetric=False, spread=1.0),
-    "nuslerp": Merging(nuslerp, {}, {"weight": [1.0, 3.0]}, models=2),  # so near that the arc is a straight line
-    "multislerp": Merging(multislerp, {}, THREE, spread=1.0),
+    "nuslerp": Merging(nuslerp, {}, {"weight": [1.0, 3.0]}, models=2, spread=0.3),
+    "multislerp": Merging(multislerp, {}, THREE, spread=1.0, variants=(({"normalize_weights": False}, THREE),)),
     "karcher": Merging(karcher, {"max_iter": 60, "tol": 1e-12}, THREE, spread=1.0),
     "model_stock": Merging(model_stock),
     "nearswap": Merging(nearswap, {"t": 0.01}, models=1),
@@ -293,7 +294,8 @@ def models(m: int, shape: tuple[int, ...] = SHAPE, seed: int = 0, spread: float 
 
 
 def run(name: str, options: dict[str, Any], given: dict[str, Any], W: Any, base: Any, shape: tuple[int, ...] = SHAPE,
-        order: list[int] | None = None, seed: int = 0) -> Any:  # fmt: skip
+        order: list[int] | None = None, seed: int = 0, on_base: bool = False) -> Any:  # fmt: skip
+    """`on_base` says whether a method that may work on what models add to a base does."""
     method, rows = merges.make(name, **options), list(range(len(W))) if order is None else order
     said = {k: np.array(given.get(k, [v] * len(W)), float)[rows] for k, v in method.of_model.items()}
 
@@ -306,7 +308,7 @@ def run(name: str, options: dict[str, Any], given: dict[str, Any], W: Any, base:
         assert np.isnan(out[start : start + len(values)]).all()
         out[start : start + len(values)] = values
 
-    below = partial(read, base) if method.base else None
+    below = partial(read, base) if method.base or on_base else None
     told = merging.merge(Job("a.weight", shape, tuple(f"m{i}" for i in rows), tuple(partial(read, W[i]) for i in rows),
                              below, method, said, seed), write)  # fmt: skip
     assert 0 <= told.conflict <= 1 and -1 <= told.cosine <= 1 + 1e-9

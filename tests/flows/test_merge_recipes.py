@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import merged
 from plures.core.errors import WrongUse
 from plures.flows.merge import jobs, merge
-from plures.flows.merge_recipe import load
+from plures.flows.merge_recipe import load, parse
 from plures.flows.merge_sources import opened
 from tiny import make_base
 
@@ -235,6 +235,54 @@ def test_a_base_with_layers_of_its_own(root: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(row, base[key.format(2)].ravel()[:32])
     near(got[key.format(0)], a[key.format(0)])  # base + 1 (a - base)
     near(got[key.format(1)], base[key.format(1)])
+
+
+def besides(root: Path, method: str, names: str, base: str, **parameters: Any) -> dict[str, Any]:
+    """A recipe whose base_model is `base`; models in capitals have a weight of their own."""
+    models = [{"model": str(root / n.lower()), "parameters": {"weight": 0.5} if n.isupper() else {}} for n in names]
+    return {"merge_method": method, "models": models, "base_model": str(root / base), "dtype": "float32",
+            "parameters": parameters}  # fmt: skip
+
+
+def test_a_base_model_besides_the_models_is_one_more(root: Path, tmp_path: Path) -> None:
+    """As in mergekit, where the method does not work on what models add to it."""
+    a, b, base = tensors(root, "a", "b", "base")
+    for i, (said, want) in enumerate([
+        (besides(root, "linear", "ab", "base", weight=0.4), lambda k: (a[k] + b[k] + base[k]) / 3),
+        (besides(root, "linear", "ab", "a", weight=0.4), lambda k: (a[k] + b[k]) / 2),
+        (besides(root, "slerp", "a", "base", t=0.25), lambda k: merged.arc(base[k].ravel(), a[k].ravel(), 0.25)),
+        (besides(root, "karcher", "ab", "base", max_iter=60),
+         lambda k: merged.sphere(np.stack([m[k].ravel() for m in (a, b, base)]), np.ones(3), 60)),
+    ]):  # fmt: skip
+        merge(parse(said), tmp_path / str(i))
+        for name, tensor in load_file(tmp_path / str(i) / "model.safetensors").items():
+            np.testing.assert_allclose(tensor.double().numpy().ravel(), want(name).ravel(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "why"),
+    [
+        ("linear", "AB", "base_model '.*base' is one more model of linear, and it is not said how much it counts"),
+        ("slerp", "ab", "slerp takes 2 models, and '3' are given"),
+        ("passthrough", "a", "passthrough takes one model, and '2' are given"),
+    ],
+)
+def test_a_base_model_that_is_one_too_many(root: Path, tmp_path: Path, method: str, names: str, why: str) -> None:
+    with pytest.raises(WrongUse, match=why):
+        merge(parse(besides(root, method, names, "base")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_spheres_around_a_base_model(root: Path, tmp_path: Path, method: str) -> None:
+    """Where the recipe names one, these work on what models add to it, as in mergekit."""
+    a, b, base = tensors(root, "a", "b", "base")
+    merge(parse(besides(root, method, "ab", "base", weight=0.4)), tmp_path / "out")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        low = base[name].ravel()
+        D = np.stack([a[name].ravel() - low, b[name].ravel() - low])
+        want = low + merged.MERGINGS[method].oracle(D, low, {"weight": [0.4, 0.4]}, (), {})
+        np.testing.assert_allclose(tensor.double().numpy().ravel(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_method_that_is_not_there(root: Path, tmp_path: Path) -> None:

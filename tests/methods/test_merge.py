@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from merged import MERGINGS, as_formula, models, run
+from plures.core.errors import BadInput
 from plures.core.folder import options_of
 from plures.engine import merging
 from plures.merge import merges
@@ -59,6 +60,66 @@ def test_no_differences_leave_the_base(name: str) -> None:
     _, base = models(row.models)
     got = run(name, row.options, row.given, np.repeat(base[None], row.models, 0), base)
     np.testing.assert_array_equal(got, base)
+
+
+@pytest.mark.parametrize("name", [n for n in MERGINGS if merges.make(n).base is None])
+def test_what_models_add_where_a_base_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = MERGINGS[name]
+    W, base = models(row.models, spread=0.05)
+    wide, low = W.astype(np.float64), base.astype(np.float64)
+    want = low + row.oracle(wide - low, low, row.given, W.shape[1:], row.options)
+    got = run(name, row.options, row.given, W, base, on_base=True)
+    np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-7)
+    assert np.abs(got - run(name, row.options, row.given, W, base)).max() > 1e-3
+    monkeypatch.setattr(merging, "CHUNK", 100)
+    np.testing.assert_allclose(run(name, row.options, row.given, W, base, on_base=True), got, rtol=1e-6, atol=1e-7)
+    still = run(name, row.options, row.given, np.repeat(base[None], row.models, 0), base, on_base=True)
+    np.testing.assert_array_equal(still, base)
+
+
+@pytest.mark.parametrize("name", ["multislerp", "karcher"])
+def test_a_model_without_length_has_no_direction(name: str) -> None:
+    """It counts in the mean of the lengths alone: the others' mean, with the share of their weights."""
+    W, base = models(2, spread=1.0)
+    here = {"weight": [0.5, 0.25, 0.25]}
+    got = run(name, {}, here, np.stack([W[0], np.zeros_like(base), W[1]]), base)
+    want = 0.75 * MERGINGS[name].oracle(W.astype(np.float64), base, {"weight": [2 / 3, 1 / 3]}, (), {})
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cosine", "t"), [(-0.25, -2 / 3), (-1.0, 0.0), (0.5, 2 / 3), (1.0, 1.0)])
+def test_model_stock_by_hand(cosine: float, t: float) -> None:
+    """Two differences of length 1 at an angle: t = 2 cos / (1 + cos), and the base at the formula's pole."""
+    base, d = np.ones(4, np.float32), np.zeros((2, 4), np.float32)
+    d[0, 0], d[1, :2] = 1, (cosine, (1 - cosine**2) ** 0.5)
+    got = run("model_stock", {}, {}, base + d, base, (4,))
+    np.testing.assert_allclose(got, base + t * d.mean(0), rtol=0, atol=1e-6)
+
+
+def test_sce_selects_among_the_places_that_vary() -> None:
+    """Half of the places change alike in all models: a share of 0.5 is of the other half."""
+    r = np.random.default_rng(3)
+    base = np.zeros(400, np.float32)
+    d = np.where(np.arange(400) < 200, 1.0, r.normal(size=(3, 400))).astype(np.float32)
+    got = run("sce", {"select_topk": 0.5}, {}, d, base, (400,))
+    assert np.count_nonzero(got) == 100 and not got[:200].any()
+    np.testing.assert_array_equal(np.flatnonzero(got), np.sort(200 + np.argsort(-d[:, 200:].var(0))[:100]))
+    assert run("sce", {}, {}, d, base, (400,))[:200].all()
+    assert not run("sce", {"select_topk": 0.5}, {}, d[:1], base, (400,)).any()  # of one model no place varies
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("name", sorted(merges))
+def test_what_is_no_number_is_told(name: str, bad: float) -> None:
+    """Of a model, and of the base where there is one."""
+    row = MERGINGS[name]
+    for on_base in (False, True) if merges.make(name).base is not False else (False,):
+        W, base = models(row.models)
+        (base if on_base else W[-1])[700] = bad
+        who = "the base" if on_base else f"'m{row.models - 1}'"
+        told = pytest.raises(BadInput, match=f"{who}: 'a.weight' has {bad} at element 700; mend")
+        with np.errstate(invalid="ignore"), told:
+            run(name, row.options, row.given, W, base, on_base=on_base)
 
 
 @pytest.mark.parametrize("name", sorted(merges))

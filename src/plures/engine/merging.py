@@ -87,12 +87,19 @@ def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False, 
             read(start, row)
         if not trusted and not finite(here.reshape(-1)):
             model, row = next((m, r) for m, r in zip(job.models, here, strict=True) if not finite(r))
-            bad = int(np.flatnonzero(~np.isfinite(row))[0])
-            raise BadInput(f"{model!r}: {job.name!r} has {row[bad]} at element {start + bad}; mend the model first")
+            raise _no_number(repr(model), job.name, start, row)
         if job.base is not None:
             job.base(start, below)
+            if not trusted and not finite(below):
+                raise _no_number("the base", job.name, start, below)
         yield Part(job.name, job.shape, start, here, below if job.base is not None else None, job.given, job.models,
                    job.seed)  # fmt: skip
+
+
+def _no_number(model: str, name: str, start: int, row: Array) -> BadInput:
+    """What is said of a piece with a number that is not finite."""
+    bad = int(np.flatnonzero(~np.isfinite(row))[0])
+    return BadInput(f"{model}: {name!r} has {row[bad]} at element {start + bad}; mend the model first")
 
 
 def merge(job: Job, write: Write) -> Told:
@@ -117,14 +124,17 @@ def merge_all(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
 
 def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
     stats: list[list[Stats]] = [[] for _ in jobs]
+    measured = all(getattr(job.method, "measures", False) for job in jobs)
     for turn in range(max(job.method.passes for job in jobs)):
         those = [i for i, job in enumerate(jobs) if job.method.passes > turn]
         told, last = [dict[str, Array]() for _ in jobs], list[Part]()
-        for part in parts(jobs[0], trusted=turn > 0):
+        for part in parts(jobs[0], trusted=turn > 0 or measured):
             last = [part]
             for i in those:
-                _add(told[i], cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i]),
-                     prod(part.shape) >= 2**31)  # fmt: skip
+                found = cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i])
+                if measured and turn == 0 and not np.isfinite(found["products"]).all():
+                    list(parts(jobs[0], (part.start,)))  # read again, to say which number it is
+                _add(told[i], found, prod(part.shape) >= 2**31)
         for part in last:
             for i in those:
                 method, of = cast(Scanner, jobs[i].method), replace(part, given=jobs[i].given)

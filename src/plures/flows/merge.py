@@ -94,10 +94,10 @@ def jobs(recipe: Recipe, sources: Mapping[str, Source], seed: int, words: Tokens
         least, most = kind.takes
         if not least <= len(models) <= most:
             number = f"{least} models" if least == most > 1 else "one model" if most == 1 else f"{least} models or more"
-            beside = " besides the base" if kind.base else ""
+            beside = " besides the base" if _on_base(recipe) else ""
             raise WrongUse(f"{recipe.method} takes {number}{beside}, and '{len(models)}' are given for {name!r}")
         base, below = recipe.base, None
-        if kind.base and base is not None:
+        if _on_base(recipe) and base is not None:
             below = _read(sources, words, base.name, of_base)
         reads = tuple(_read(sources, words, m.name, tensor) for m, tensor in models)
         shape = sources[models[0][0].name].weights.entries[models[0][1]].shape
@@ -124,6 +124,12 @@ class Origin(NamedTuple):
     of_base: str
 
 
+def _on_base(recipe: Recipe) -> bool:
+    """Whether the method works on what models add to the base."""
+    base = _made(recipe.method, ()).base
+    return recipe.base is not None if base is None else bool(base)
+
+
 def _begins(name: str) -> bool:
     """Whether a tensor outside of layers stands before them."""
     return any(part in name for part in ("embed", "wte", "wpe"))
@@ -132,15 +138,17 @@ def _begins(name: str) -> bool:
 def _whole(recipe: Recipe, sources: Mapping[str, Source], free: frozenset[str]) -> list[Origin]:
     """All models for all tensors; those in `free` may have other numbers of rows."""
     names = same({k: s.weights for k, s in sources.items()}, free)
-    of_base = recipe.base.name if recipe.base and type(merges.make(recipe.method)).base else None
-    if all(m.name == of_base for m in recipe.models):
+    on_base = _on_base(recipe)
+    models = recipe.models if on_base else merge_recipe.with_base(recipe)
+    of_base = recipe.base.name if recipe.base and on_base else None
+    if all(m.name == of_base for m in models):
         raise WrongUse(f"{recipe.method} has no model besides its base")
     first_of, made = sources[recipe.models[0].name].weights.entries, []
     last = max((n for n in map(merge_recipe.layer_of, names) if n is not None), default=0)
     for n in merging.order(names):
         if first_of[n].kind in FLOATS:
             t = 0.0 if (layer := merge_recipe.layer_of(n)) is None else layer / last if last else 1.0
-            made.append(Origin(n, _in_order(recipe, [(m, n) for m in recipe.models]), {}, t, n))
+            made.append(Origin(n, _in_order(recipe, [(m, n) for m in models]), {}, t, n))
     return made
 
 
@@ -149,7 +157,7 @@ def _in_order(recipe: Recipe, models: list[tuple[Model, str]]) -> list[tuple[Mod
     if recipe.base is not None:
         others = [m for m in models if m[0].name != recipe.base.name]
         first = [m for m in models if m[0].name == recipe.base.name]
-        return (others or first) if type(merges.make(recipe.method)).base else [*first, *others]
+        return (others or first) if _on_base(recipe) else [*first, *others]
     return models
 
 

@@ -279,6 +279,20 @@ def _slice(said: Any) -> Slice:
     return Slice(tuple(sources), _mapping(said.get("parameters"), "an entry of slices"))
 
 
+def with_base(recipe: Recipe) -> tuple[Model, ...]:
+    """The models of a recipe without slices and, as in mergekit, a base_model that is not among them as one more.
+
+    Raises: WrongUse where models have weights of their own and it has none.
+    """
+    base, models = recipe.base, recipe.models
+    if base is None or any(m.name == base.name for m in models):
+        return models
+    if "weight" not in recipe.parameters and any("weight" in m.parameters for m in models):
+        raise WrongUse(f"base_model {base.name!r} is one more model of {recipe.method}, and it is not said how much it "
+                       "counts: list it under models with a weight, or leave base_model out")  # fmt: skip
+    return (*models, base)
+
+
 def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor is of."""
     found = _LAYER.search(name)

@@ -45,17 +45,21 @@ class Part:
         assert self.base is not None, "the method says that it has a base"
         return np.subtract(self.values, self.base, out=self.values)
 
+    def vectors(self) -> Array:
+        """What each model adds to the base or, without one, the models themselves, `[models, n]`; as `deltas`."""
+        return self.values if self.base is None else self.deltas()
+
 
 class Merger(Protocol):
     """A way to merge.
 
-    `base` says whether it works on what models add to a base, and `takes` how many models besides that it may be given,
-    at least and at most; `of_model` names what a recipe may say of each model,
+    `base` says whether it works on what models add to a base (None: where the recipe names one), and `takes` how many
+    models besides that it may be given, at least and at most; `of_model` names what a recipe may say of each model,
     with its default. `passes` are over a tensor's pieces before the last one; a method that has some is a `Scanner`. A
     piece is a multiple of `unit(shape)` elements, but the last one.
     """
 
-    base: ClassVar[bool]
+    base: ClassVar[bool | None]
     takes: ClassVar[tuple[int, int]]
     of_model: ClassVar[Mapping[str, float]]
 
@@ -74,7 +78,11 @@ class Merger(Protocol):
 
 
 class Scanner(Merger, Protocol):
-    """A merger that must know something of the whole tensor first."""
+    """A merger that must know something of the whole tensor first.
+
+    One with `measures = True` tells in its first pass the inner products of all rows as `products`: these are finite
+    where all numbers are, so that nobody else looks for numbers that are not.
+    """
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
         """What a pass learns of a piece: arrays that add up over pieces."""

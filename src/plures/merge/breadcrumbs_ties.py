@@ -39,7 +39,8 @@ class BreadcrumbsTies:
     Paper: from the authors' code; the text was not read. The election by sign, where it is, is TIES'.
     Departs from the paper: its code (github.com/rezazzr/breadcrumbs, src/task_vectors.py) ranks each row by itself,
         which is scope row; the tensor is ranked as one unless that is asked for, as in mergekit. Models have weights.
-        A share of a row is rounded down to whole numbers, so that narrow rows may lose all.
+        A share of a row is rounded down to whole numbers, so that narrow rows may lose all. Differs from mergekit:
+        with density 1, which is the default there too, mergekit keeps all, and gamma has no effect.
     """
 
     lambda_: float = 1.0

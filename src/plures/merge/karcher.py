@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 )
 @dataclass(frozen=True)
 class Karcher:
-    """The spherical mean: steps as in multislerp until one is shorter than `tol`.
+    """The spherical mean: steps as in multislerp until one would be shorter than `tol`.
 
     Options:
         max_iter: steps at most, at least 1.
@@ -34,7 +34,8 @@ class Karcher:
     Per model: weight.
     Raises: WrongUse for options out of range, or weights that do not sum to more than 0.
     Paper: doi:10.1145/502122.502124. From memory; the form for weights is mergekit's, whose documentation was read.
-    Departs from the paper: nowhere.
+    Departs from the paper: nowhere. Differs from mergekit: there models have no weights, and what a recipe says of them
+        is passed over. A base_model that is not among the models is one more of them, as there.
     """
 
     max_iter: int = 10
@@ -43,6 +44,7 @@ class Karcher:
     takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 1
+    measures: ClassVar[bool] = True
     unit = staticmethod(one)
 
     def __post_init__(self) -> None:

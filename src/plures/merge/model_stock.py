@@ -34,13 +34,17 @@ class ModelStock:
 
     Per model: none.
     Paper: the ratio for N models, from memory; the text was not read.
-    Departs from the paper: cosines of more than two models are averaged, as in mergekit. A cosine below 0 counts as 0.
+    Departs from the paper: cosines of more than two models are averaged, as in mergekit. Where differences point
+        against each other t is below 0, as the formula says; where its denominator is not above 1e-6 the base stays.
+        Differs from mergekit, which takes the product of two differences' lengths as at least 1e-6: where both are
+        shorter than 1e-3, as those of norms may be, its cosine is too small, and its result nearer to the base.
     """
 
     base: ClassVar[bool] = True
     takes: ClassVar[tuple[int, int]] = (2, ANY[1])
     of_model: ClassVar[Mapping[str, float]] = {}
     passes: ClassVar[int] = 1
+    measures: ClassVar[bool] = True
     unit = staticmethod(one)
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
@@ -52,8 +56,9 @@ class ModelStock:
         m = len(part.models)
         lengths = np.sqrt(np.diag(told["products"]))
         cosines = told["products"] / np.maximum(np.outer(lengths, lengths), 1e-30)
-        cosine = max(0.0, float(cosines[np.triu_indices(m, 1)].mean()))
-        return {"t": np.array(m * cosine / (1 + (m - 1) * cosine))}
+        cosine = float(cosines[np.triu_indices(m, 1)].mean())
+        below = 1 + (m - 1) * cosine
+        return {"t": np.array(m * cosine / below if below > 1e-6 else 0.0)}
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:
         """The base and so much of the mean difference."""

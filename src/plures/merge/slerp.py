@@ -44,6 +44,7 @@ class Slerp:
     takes: ClassVar[tuple[int, int]] = (2, 2)
     of_model: ClassVar[Mapping[str, float]] = {}
     passes: ClassVar[int] = 1
+    measures: ClassVar[bool] = True
     unit = staticmethod(one)
 
     def __post_init__(self) -> None:

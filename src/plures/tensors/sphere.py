@@ -16,18 +16,18 @@ STRAIGHT = 0.9995  # the cosine from which vectors are mixed along a straight li
 TINY = 1e-8
 
 
-def arc(G: Array, t: float) -> Array:
+def arc(G: Array, t: float, near: float = STRAIGHT) -> Array:
     """Weights of the point at `t` of the arc from the first of two vectors to the second, which have their lengths.
 
-    sin((1 - t) w) / sin w and sin(t w) / sin w, w the angle; a straight line where the cosine is above 0.9995, or one
-    of them has no length (Shoemake 1985).
+    sin((1 - t) w) / sin w and sin(t w) / sin w, w the angle; a straight line where the cosine's magnitude is above
+    `near`, or one of them has no length (Shoemake 1985).
     """
     lengths = np.sqrt(np.maximum(np.diag(G), 0))
     straight = np.array([1 - t, t])
     if (lengths < TINY).any():
         return straight
     cosine = max(-1.0, min(1.0, float(G[0, 1] / (lengths[0] * lengths[1]))))
-    if abs(cosine) > STRAIGHT:
+    if abs(cosine) > near:
         return straight
     angle = float(np.arccos(cosine))
     return np.asarray(np.array([np.sin((1 - t) * angle), np.sin(t * angle)]) / np.sin(angle))
@@ -37,12 +37,17 @@ def around(G: Array, weights: Array, steps: int = 1, near: float = 0.0) -> Array
     """Weights of the mean of directions by `weights` (which sum to 1) on the sphere, with the mean of the lengths.
 
     Begins at the direction of the weighted sum of unit vectors; a step adds the weighted directions to all of them,
-    each as long as its angle, and goes along the sphere by that. One step is multislerp, many with `near` the length of
-    a step that is small enough are the Karcher mean. Vectors of no length, and opposite ones, leave the plain mean.
+    each as long as its angle, and goes along the sphere by that. One step is multislerp, many up to one shorter than
+    `near`, which is not taken, are the Karcher mean. Vectors of no length have no direction and count in the mean of
+    the lengths alone; opposite ones leave the plain mean.
     """
     lengths = np.sqrt(np.maximum(np.diag(G), 0))
-    if (lengths < TINY).any():
-        return weights
+    some = lengths >= TINY
+    if not some.all():
+        out = weights.copy()
+        if (share := float(weights[some].sum())) > 0:
+            out[some] = around(G[np.ix_(some, some)], weights[some] / share, steps, near) * share
+        return out
     unit = G / np.outer(lengths, lengths)
     point: Array = weights.copy()
     size = math.sqrt(max(float(point @ unit @ point), 0))
@@ -56,10 +61,8 @@ def around(G: Array, weights: Array, steps: int = 1, near: float = 0.0) -> Array
         move = weights * scale
         move = move - float((weights * scale) @ cosines) * point
         length = math.sqrt(max(float(move @ unit @ move), 0))
-        if length < TINY:
+        if length < max(near, TINY):
             break
         point = np.cos(length) * point + np.sin(length) / length * move
         point /= math.sqrt(max(float(point @ unit @ point), TINY))
-        if length < near:
-            break
     return np.asarray(point / lengths * float(weights @ lengths))
