@@ -152,6 +152,26 @@ def merge_kill(said: dict[str, Any], brief: bool) -> str:
     return f"`kill -9` at random moments of a merge, then the merge again.\n\n{table(head, rows)}"
 
 
+def merge_agree(said: dict[str, Any], brief: bool) -> str:
+    """Every method beside mergekit on random models: what differs by more than rounding, and who refuses what."""
+    spreads, recipes = list(said["cases"]), list(next(iter(said["cases"].values())))
+    by = {r: [said["cases"][s].get(r, {}) for s in spreads] for r in recipes}
+    both = {r: of for r, of in by.items() if all("relative" in one for one in of)}
+    apart = {r: of for r, of in both.items() if max(one["relative"] for one in of) > 1e-6}
+    if brief:
+        return (f"{len(both) - len(apart)} of {len(both)} recipes that both run give mergekit's numbers to within "
+                "1e-6; why the others do not is on their methods' pages.")  # fmt: skip
+    refused = [(r, *(next((str(one[who]) for one in of if who in one), "runs") for who in ("plures", "mergekit")))
+               for r, of in by.items() if r not in both]  # fmt: skip
+    head = "recipe | " + " | ".join(f"{s} ({said['spread'][s]:g}):" for s in spreads)
+    rows = [(r, *(f"{one['relative']:.0e}" for one in of)) for r, of in apart.items()]
+    return (f"{len(recipes)} recipes on random models whose differences from the base have the deviation in brackets; "
+            f"the base's numbers have 0.02. {len(both) - len(apart)} recipes agree with mergekit {said['mergekit']} to "
+            f"within 1e-6 of each tensor's largest number. These do not, for reasons that their methods' pages give:"
+            f"\n\n{table(head, rows)}\n\nThese are refused by one of the two:\n\n"
+            f"{table('recipe | Plures | mergekit', refused)}")  # fmt: skip
+
+
 def packed_row(r: dict[str, Any], more: str) -> tuple[str, ...]:
     """A packer on a fleet, as a row."""
     options = ", ".join(f"{k} {v}" for k, v in r["options"].items())

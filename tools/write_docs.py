@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent))  # a test loads this file 
 
 from docs_commands import cli_page, recipe_page, recipes_page
 from docs_making import (
+    merge_agree,
     merge_kill,
     merge_lowrank,
     merge_speed,
@@ -55,6 +56,7 @@ BENCHMARKS = (
     ("select_many", "Choosing from millions of rows", "benchmarks/select_many.py", select_many),
     ("select_helps", "Whether choosing helps", "benchmarks/select_helps.py", select_helps),
     ("merge_speed", "Merging beside mergekit", "benchmarks/merge_speed.py", merge_speed),
+    ("merge_agree", "Merging: the same numbers as mergekit", "benchmarks/merge_agree.py", merge_agree),
     ("merge_lowrank", "Sums and extraction of LoRAs", "benchmarks/merge_lowrank.py", merge_lowrank),
     ("merge_kill", "Merges that were killed", "benchmarks/merge_kill.py", merge_kill),
     ("pack_measure", "Packing fleets", "benchmarks/pack_measure.py", pack_measure),
