@@ -169,8 +169,8 @@ def zipf(base: Any, seed: int = 0, n: int = 512, new: int = 24) -> dict[str, Any
         spent = finish(engine, asks)
         tiers = engine.tiers.state()
         out[name] = {
-            "tokens_per_cpu_s": n * new / spent, "asked": len(set(picks)), "loads": tiers["loads"],
-            "hit_rate": tiers["hits"] / tiers["asked"], "evictions": tiers["evictions"],
+            "tokens_per_cpu_s": n * new / spent, "asked": len(set(picks)), "loads": tiers.loads,
+            "hit_rate": tiers.hits / tiers.asked, "evictions": tiers.evictions,
             "best_hit_rate": belady([identity for identity, _ in engine.tiers.log], SLOTS),
         }  # fmt: skip
         engine.stop(0)

@@ -153,14 +153,13 @@ def merge_kill(said: dict[str, Any], brief: bool) -> str:
 
 
 def merge_agree(said: dict[str, Any], brief: bool) -> str:
-    """Every method beside mergekit on random models: what differs by more than rounding, and who refuses what."""
+    """Every method beside mergekit on random models: what differs by more than rounding; in brief nothing."""
+    if brief:
+        return ""
     spreads, recipes = list(said["cases"]), list(next(iter(said["cases"].values())))
     by = {r: [said["cases"][s].get(r, {}) for s in spreads] for r in recipes}
     both = {r: of for r, of in by.items() if all("relative" in one for one in of)}
     apart = {r: of for r, of in both.items() if max(one["relative"] for one in of) > 1e-6}
-    if brief:
-        return (f"{len(both) - len(apart)} of {len(both)} recipes that both run give mergekit's numbers to within "
-                "1e-6; why the others do not is on their methods' pages.")  # fmt: skip
     refused = [(r, *(next((str(one[who]) for one in of if who in one), "runs") for who in ("plures", "mergekit")))
                for r, of in by.items() if r not in both]  # fmt: skip
     head = "recipe | " + " | ".join(f"{s} ({said['spread'][s]:g}):" for s in spreads)

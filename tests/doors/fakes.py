@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from plures.engine.ask import Ask, Piece, Prompt
+from plures.engine.state import State
 from plures.server.run import _listen
 
 Script = Callable[[Ask], Iterable[Piece | threading.Event | float]]
@@ -77,8 +78,8 @@ class FakeServing:
     def pin(self, identities: frozenset[str]) -> None:
         pass
 
-    def state(self) -> dict[str, Any]:
-        return {"alive": self.alive, "failure": "" if self.alive else "it broke", "max_rows": 4} | self.more
+    def state(self) -> State:
+        return State(**{"alive": self.alive, "failure": "" if self.alive else "it broke", "max_rows": 4} | self.more)
 
 
 @contextmanager

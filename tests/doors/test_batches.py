@@ -164,7 +164,7 @@ def test_few_are_with_the_engine_and_others_have_their_turn(
     go.set()
     for client, id in ((acme, first), (rival, other), (acme, second)):
         ended(client, id)
-    assert most == 2 == backwards.state()["max_rows"] // 2
+    assert most == 2 == backwards.state().max_rows // 2
     both = tenants[tenants.index("rival") :][:20]
     assert both.count("rival") >= 6 and both.count("acme") >= 6
     assert tenants[-2:] == ["acme"] * 2 and len(backwards.asks) == 1 + 30 + 2 + 15  # the oldest batch first

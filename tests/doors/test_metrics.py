@@ -11,6 +11,7 @@ from fakes import FakeServing, last, served
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from plures.engine.ask import Piece
+from plures.engine.state import TierState
 from plures.flows.desk import Desk
 from plures.server.app import make_app
 from plures.server.metrics import OTHER, Busiest, Metrics
@@ -75,7 +76,7 @@ def test_labels_are_bounded() -> None:
 def test_the_page_parses_and_says_what_happened(own_desk: Desk) -> None:
     serving = FakeServing()
     serving.more = {"rows": 2, "waiting": 3, "queues": {f"t{i}": i for i in range(80)},
-                    "variants": {"resident": ["a"], "asked": 9, "hits": 4}}  # fmt: skip
+                    "variants": TierState(resident=("a",), asked=9, hits=4)}  # fmt: skip
     with served(make_app(own_desk, serving, open=True)) as url, httpx.Client(base_url=url) as http:
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
         stream = http.post("/v1/chat/completions", json=CHAT | {"stream": True, "model": "lora"})

@@ -161,7 +161,7 @@ def test_logprobs_of_a_completion(ai: OpenAI) -> None:
 
 
 def test_prompts_of_token_ids(ai: OpenAI, service: Service) -> None:
-    ids = [service.engine.encode(p) for p in ("The parcel", "A window")]
+    ids = [service.serving.encode(p) for p in ("The parcel", "A window")]
     texts = [complete(ai, "lora", "The parcel"), complete(ai, "lora", "A window")]
     assert [complete(ai, "lora", i) for i in ids] == texts
     for prompts in (ids, ["The parcel", "A window"]):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -17,14 +18,16 @@ from fakes import served, wait_until
 from plures.core.errors import BadInput, MissingExtra, PluresError, WrongUse
 from plures.engine.ask import BASE, Ask, Overloaded, Piece, Sampling, Unavailable
 from plures.engine.model import Base
+from plures.engine.state import State, TierState
 from plures.flows.desk import Desk
 from plures.server import replicas as module
 from plures.server import where
 from plures.server.app import make_app
 from plures.server.on_ray import OnRay
 from plures.server.replicas import GONE, STOPPING, TRIES, Replicas
+from plures.server.run import Service
 from plures.server.states import merged
-from plures.server.wire import Refusal
+from plures.server.wire import FarState, Refusal
 
 HOW = Sampling(max_tokens=4)
 LAST = Piece(finish="length", n_prompt=3, n_new=1)
@@ -106,22 +109,23 @@ class FakeLink:
     async def leave(self) -> None:
         self.left = True
 
-    def states(self, timeout_s: float) -> list[dict[str, Any]]:
+    def states(self, timeout_s: float) -> list[FarState]:
         if self.broken:
             raise TimeoutError("nobody answers")
         return [state(f.name, new_tokens=10) for f in self.fars.values() if not f.gone]
 
 
-def state(name: str, **more: Any) -> dict[str, Any]:
-    tiers = {"resident": [f"of {name}"], "in_use": {"v": 1}, "pinned": ["p"], "failed": {}, "asked": 4, "hits": 3,
-             "loads": 1, "evictions": 0, "hit_rate": 0.75, "best_hit_rate": 1.0, "resident_bytes": 5, "host": 1,
-             "host_bytes": 6}  # fmt: skip
-    return {
-        "replica": name, "pid": 1, "alive": True, "failure": "", "context": 64, "rows": 1, "max_rows": 8, "waiting": 2,
-        "queues": {"acme": 1}, "counters": {"acme": 2.0}, "running": {"base": 1}, "kv_blocks": 16, "kv_used": 2,
-        "tokens_s": 1.5, "step_s": 0.1, "steps": 3, "computed_tokens": 9, "cached_tokens": 0, "preempted": 0,
-        "variants": tiers, "new_tokens": 0,
+def state(name: str, failed: Mapping[str, str] = MappingProxyType({}), **more: Any) -> FarState:
+    tiers = TierState(
+        resident=(f"of {name}",), in_use={"v": 1}, pinned=("p",), failed=dict(failed), asked=4, hits=3, loads=1,
+        evictions=0, hit_rate=0.75, best_hit_rate=1.0, resident_bytes=5, host=1, host_bytes=6,
+    )  # fmt: skip
+    said: dict[str, Any] = {
+        "rows": 1, "max_rows": 8, "waiting": 2, "queues": {"acme": 1}, "counters": {"acme": 2.0},
+        "running": {"base": 1}, "kv_blocks": 16, "kv_used": 2, "tokens_s": 1.5, "step_s": 0.1, "steps": 3,
+        "computed_tokens": 9, "variants": tiers,
     } | more  # fmt: skip
+    return FarState(name, 1, 64, State(True, **said))
 
 
 @pytest.fixture
@@ -318,17 +322,17 @@ def test_without_an_answer_there_is_a_state(
     serving: Replicas, link: FakeLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     whole = serving.state()
-    assert (whole["alive"], whole["rows"], whole["new_tokens"]) == (True, 2, 20)
+    assert (whole.alive, whole.rows, whole.new_tokens) == (True, 2, 20)
     link.fars["a"].gone = True
     serving._look()
     left = serving.state()
-    assert (left["alive"], left["rows"], left["new_tokens"]) == (True, 1, 20)  # what was counted stays counted
-    assert [r["replica"] for r in left["replicas"]] == ["b"]
+    assert (left.alive, left.rows, left.new_tokens) == (True, 1, 20)  # what was counted stays counted
+    assert [r.replica for r in left.replicas or ()] == ["b"]
     link.broken = True
     serving._look()
     none = serving.state()
-    assert not serving.alive and (none["alive"], none["rows"], none["new_tokens"]) == (False, 0, 20)
-    assert "nobody answers" in none["failure"] and none["variants"]["hit_rate"] == 1.0
+    assert not serving.alive and (none.alive, none.rows, none.new_tokens) == (False, 0, 20)
+    assert "nobody answers" in none.failure and none.variants.hit_rate == 1.0
 
 
 def test_where_none_answers_it_does_not_start(link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,13 +345,24 @@ def test_where_none_answers_it_does_not_start(link: FakeLink, monkeypatch: pytes
 
 
 def test_states_as_one() -> None:
-    a, b = state("a"), state("b", queues={"globex": 3})
-    a["variants"]["failed"] = {"of b": "damaged", "of c": "damaged"}
-    one = merged([a, b], [a, b])
-    assert (one["queues"], one["running"], one["tokens_s"]) == ({"acme": 1, "globex": 3}, {"base": 2}, 3.0)
-    tiers = one["variants"]
-    assert (tiers["resident"], tiers["pinned"], tiers["failed"]) == (["of a", "of b"], ["p"], {"of c": "damaged"})
-    assert (tiers["asked"], tiers["hit_rate"], tiers["in_use"]) == (8, 0.75, {"v": 2})
+    a, b = state("a", failed={"of b": "damaged", "of c": "damaged"}), state("b", queues={"globex": 3})
+    gone = state("c", new_tokens=7)
+    one = merged([a, b], [a, b, gone], True, "")
+    assert one.as_json() == {  # what GET /admin/state answers
+        "alive": True, "failure": "", "rows": 2, "max_rows": 16, "waiting": 4, "queues": {"acme": 1, "globex": 3},
+        "counters": {"acme": 4.0}, "running": {"base": 2}, "kv_blocks": 32, "kv_used": 4, "tokens_s": 3.0,
+        "step_s": 0.1, "steps": 9, "computed_tokens": 27, "cached_tokens": 0, "new_tokens": 7, "preempted": 0,
+        "variants": {
+            "hit_rate": 0.75, "best_hit_rate": 1.0, "resident": ("of a", "of b"), "in_use": {"v": 2}, "pinned": ("p",),
+            "resident_bytes": 10, "host": 2, "host_bytes": 12, "asked": 12, "hits": 9, "loads": 3, "evictions": 0,
+            "failed": {"of c": "damaged"},
+        },
+        "replicas": tuple(
+            {"replica": name, "pid": 1, "alive": True, "rows": 1, "waiting": 2, "tokens_s": 1.5, "new_tokens": 0,
+             "resident": (f"of {name}",), "asked": 4, "hits": 3, "loads": 1, "evictions": 0} for name in "ab"
+        ),
+    }  # fmt: skip
+    assert "replicas" not in a.state.as_json()  # of one engine there is nothing to be the sum of
 
 
 def test_over_http(serving: Replicas, link: FakeLink, own_desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,13 +392,18 @@ def test_over_http(serving: Replicas, link: FakeLink, own_desk: Desk, monkeypatc
 def test_without_ray_it_says_what_to_install(own_fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"pip install 'plures\[ray\]'"):
-        OnRay(own_fleet, port=0, open=True).start()
+        Service(own_fleet, port=0, open=True, on=OnRay()).start()
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"host": "0.0.0.0", "open": True}, "keys"), ({"replicas": 0}, "replicas"), ({"port": 1 << 17}, "cannot listen")],
+    [({"host": "0.0.0.0", "open": True}, "keys"), ({"port": 1 << 17}, "cannot listen")],
 )
 def test_what_cannot_be_served(own_fleet: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(PluresError, match=said):
-        OnRay(own_fleet, **({"port": 0} | options))
+        Service(own_fleet, **({"port": 0, "on": OnRay()} | options))
+
+
+def test_replicas_are_at_least_one() -> None:
+    with pytest.raises(WrongUse, match="replicas must be at least 1, got 0"):
+        OnRay(replicas=0)

@@ -19,6 +19,7 @@ from plures.core.errors import BadInput, WrongUse
 from plures.engine.ask import Ask, Piece
 from plures.engine.limits import Settings
 from plures.flows.desk import Desk
+from plures.route.posterior import Posterior
 from plures.server.app import make_app
 from plures.server.metrics import Metrics
 from plures.server.routing import Routed, Router, read_routes
@@ -75,7 +76,8 @@ def weighing(nats: dict[str, float]) -> Any:
 def test_only_who_sees_all_members_sees_the_name(two_desk: Desk) -> None:
     of = {name: two_desk.store.resolve(name).identity for name in ("mos", "lora")}
     engine = FakeServing(weighing({of["mos"]: -5.0, of["lora"]: -4.0, "": -9.0}))
-    table = {"desk": Routed(("mos", "lora"), (1.0, 1.0)), "lean": Routed(("mos", "lora"), (9.0, 1.0))}
+    members = ("mos", "lora")
+    table = {"desk": Routed(members, Posterior()), "lean": Routed(members, Posterior("9,1"))}
     keys = {t: two_desk.access.make_key(t, "me")[1] for t in ("acme", "rival")}
     with served(make_app(two_desk, engine, routes=table)) as address:
 
@@ -100,7 +102,7 @@ def test_only_who_sees_all_members_sees_the_name(two_desk: Desk) -> None:
 def test_a_member_that_cannot_read_the_prompt_is_told(two_desk: Desk) -> None:
     engine = FakeServing(lambda ask: [Piece(finish="error", error="its blob is damaged")])
     key = two_desk.access.make_key("acme", "me")[1]
-    with served(make_app(two_desk, engine, routes={"desk": Routed(("mos", "lora"), (1.0, 1.0))})) as address:
+    with served(make_app(two_desk, engine, routes={"desk": Routed(("mos", "lora"), Posterior())})) as address:
         said = httpx.post(f"{address}/v1/completions", json={"model": "desk", "prompt": "Hi"},
                           headers={"authorization": f"Bearer {key}"})  # fmt: skip
     assert said.status_code == 503 and "damaged" in said.text
@@ -108,11 +110,14 @@ def test_a_member_that_cannot_read_the_prompt_is_told(two_desk: Desk) -> None:
 
 def test_routes_are_read() -> None:
     assert read_routes(["desk=a,b@prod,base", "two=a:0.7,b:.3"]) == {
-        "desk": Routed(("a", "b@prod", "base"), (1.0, 1.0, 1.0)), "two": Routed(("a", "b"), (0.7, 0.3))}  # fmt: skip
+        "desk": Routed(("a", "b@prod", "base"), Posterior("1,1,1")),
+        "two": Routed(("a", "b"), Posterior("0.7,.3")),
+    }
     for wrong, why in (
         (["desk"], "no name with members"), (["desk="], "no name with members"), (["desk=a,"], "no name with members"),
         (["desk=a"], "at least two members"), (["desk=a,a"], "at least two members"), (["d/k=a,b"], "not allowed"),
-        (["desk=a:0,b"], "a prior is a number above 0"), (["desk=a:x,b"], "a prior is a number above 0"),
+        (["desk=a:0,b"], "a prior is a number above 0"), (["desk=a:,b"], "a prior is a number above 0"),
+        (["desk=a:nan,b"], "a prior is a number above 0"), (["desk=a:x,b"], "a prior is a number above 0"),
         (["desk=a,b", "desk=b,c"], "is there twice"), (["base=a,b"], "is the base's name"),
     ):  # fmt: skip
         with pytest.raises(WrongUse, match=why):
@@ -120,8 +125,8 @@ def test_routes_are_read() -> None:
 
 
 def test_a_table_that_cannot_be_is_told_at_the_start(two_desk: Desk) -> None:
-    for table, why in (({"mos": Routed(("lora", "base"), (1.0, 1.0))}, "has the name of a variant"),
-                       ({"desk": Routed(("lora", "nobody"), (1.0, 1.0))}, "nobody")):  # fmt: skip
+    for table, why in (({"mos": Routed(("lora", "base"), Posterior())}, "has the name of a variant"),
+                       ({"desk": Routed(("lora", "nobody"), Posterior())}, "nobody")):  # fmt: skip
         with pytest.raises(WrongUse, match=why):
             Router(two_desk, FakeServing(), table, Metrics(FakeServing()))
 
@@ -134,7 +139,7 @@ def test_what_members_read_is_counted(service: Service) -> None:
     before = {ref: read(ref) for ref in ("vera@1", "mos@1")}
     said = {"model": "desk", "prompt": "Nobody has asked this before", "max_tokens": 1}
     assert httpx.post(f"{service.url}/v1/completions", json=said).status_code == 200
-    n = len(service.engine.encode(said["prompt"]))
+    n = len(service.serving.encode(said["prompt"]))
     assert all(read(ref) >= before[ref] + n for ref in before), "both members have read the prompt"
 
 
@@ -149,6 +154,6 @@ def test_a_start_that_fails_leaves_nothing(trained_fleet: Path, tmp_path: Path, 
     port = int(made.url.rpartition(":")[2])
     with pytest.raises(BadInput, match="could not start"), made:
         pass
-    assert not made.engine.alive
+    assert not made.serving.alive
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))  # it is free again

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from fakes import FakeServing, served
 
+from plures.engine.state import TierState
 from plures.flows.desk import Desk
 from plures.server import page
 from plures.server.app import make_app
@@ -36,7 +37,8 @@ def busy(desk: Desk) -> FakeServing:
     """An engine that runs two variants, for two tenants."""
     serving = FakeServing()
     mos, lora = (desk.store.resolve(n).identity for n in ("mos", "lora"))
-    tiers = {"resident": [mos, lora], "pinned": [lora], "failed": {desk.store.resolve("full").identity: "dense"}}
+    failed = {desk.store.resolve("full").identity: "dense"}
+    tiers = TierState(resident=(mos, lora), pinned=(lora,), failed=failed)
     serving.more = {"rows": 3, "max_rows": 8, "waiting": 5, "queues": {"acme": 2, "globex": 3}, "variants": tiers,
                     "running": {mos: 2, "base": 1}, "tokens_s": 123.4, "kv_used": 1, "kv_blocks": 4}  # fmt: skip
     return serving

@@ -164,7 +164,7 @@ def test_no_row_ever_differs_from_being_alone(
             assert extra.last.finish in ("cancelled", "length", "stop")
             dropped += extra.last.finish == "cancelled"
         if rng.random() < 0.3:
-            idle = [i for i in busy.bank.slots if i not in busy.tiers.state()["in_use"]]
+            idle = [i for i in busy.bank.slots if i not in busy.tiers.state().in_use]
             if idle:
                 busy.tiers.forget(idle[0])
         if rng.random() < 0.05:
@@ -176,10 +176,10 @@ def test_no_row_ever_differs_from_being_alone(
              if a.ids != alone[w[0], w[1], w[2]["max_tokens"], w[2]["ignore_end"]]]  # fmt: skip
     assert not wrong
     state = busy.state()
-    assert dropped and state["cached_tokens"] > 100
-    assert state["variants"]["evictions"] > 5
-    assert state["preempted"] > 0
-    assert busy.cache.used == 0 and not busy.tiers.state()["in_use"]
+    assert dropped and state.cached_tokens > 100
+    assert state.variants.evictions > 5
+    assert state.preempted > 0
+    assert busy.cache.used == 0 and not busy.tiers.state().in_use
 
 
 def test_a_row_of_the_base_beside_full_slots_is_the_bases(
@@ -251,10 +251,10 @@ def test_spare_rows_are_for_all_but_the_heavy(engine: Callable[..., Engine]) -> 
     heavy = [ask(served, "The", tenant="heavy", max_tokens=40, ignore_end=True) for _ in range(16)]
     for _ in range(10):
         served.step()
-    assert served.state()["rows"] == 8  # alone, a tenant has all but the spare ones
+    assert served.state().rows == 8  # alone, a tenant has all but the spare ones
     light = [ask(served, "The", tenant="light", max_tokens=4, ignore_end=True) for _ in range(3)]
     served.step()
-    assert served.state()["rows"] == 10
+    assert served.state().rows == 10
     assert sum(bool(a.pieces) for a in light) == 2
     finish(served, *heavy, *light)
     assert Settings(rows=8, policy="fcfs").spare == 0
@@ -268,10 +268,10 @@ def test_the_hit_rate_stands_beside_the_best_possible(
     served, (a, b, c, *_) = engine(slots=2), variants
     for identity in (a, b, c, a, b, a):
         finish(served, ask(served, "The", identity, max_tokens=1))
-    said = served.state()["variants"]
-    assert said["best_hit_rate"] == pytest.approx(2 / 6, abs=1e-3)  # one of a and b goes for c
-    assert 0 < said["hit_rate"] <= said["best_hit_rate"]
-    assert said["hits"] == round(6 * said["hit_rate"])
+    said = served.state().variants
+    assert said.best_hit_rate == pytest.approx(2 / 6, abs=1e-3)  # one of a and b goes for c
+    assert 0 < said.hit_rate <= said.best_hit_rate
+    assert said.hits == round(6 * said.hit_rate)
 
 
 def test_a_variant_that_cannot_be_served_ends_its_own_requests_only(

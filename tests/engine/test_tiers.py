@@ -51,9 +51,9 @@ def test_a_file_that_two_find_at_once_counts_once(
     monkeypatch.setattr(packed, "find", while_another_looks)
     of.ask(identity)
     assert len(found) == 2
-    assert (of.state()["host"], of.state()["host_bytes"]) == (1, found[0])
+    assert (of.state().host, of.state().host_bytes) == (1, found[0])
     of.forget(identity)
-    assert (of.state()["host"], of.state()["host_bytes"]) == (0, 0)
+    assert (of.state().host, of.state().host_bytes) == (0, 0)
 
 
 def test_what_is_removed_and_published_again_gets_its_file_again(of: Tiers, variants: dict[str, Variant]) -> None:

@@ -43,6 +43,7 @@ def command(
 
     from plures.core.errors import WrongUse
     from plures.engine.limits import Settings
+    from plures.server.keep import Keeper
     from plures.server.on_ray import OnRay
     from plures.server.routing import read_routes
     from plures.server.run import Service
@@ -56,13 +57,8 @@ def command(
     asked = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: asked.set())
-    service: Service | OnRay
-    if on:
-        service = OnRay(fleet_path(fleet), settings, replicas=replicas, threads=threads, grace_s=grace, host=host,
-                        port=port, admin_port=admin_port, open=open, routes=routes)  # fmt: skip
-    else:
-        service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port, open=open,
-                          routes=routes)  # fmt: skip
+    service = Service(fleet_path(fleet), settings, host=host, port=port, admin_port=admin_port, open=open,
+                      routes=routes, on=OnRay(replicas, threads, grace) if on else Keeper)  # fmt: skip
     service.start()
     api, admin = f"{service.url}/v1", None if admin_port is None else f"{service.admin_url}/admin"
     if json:

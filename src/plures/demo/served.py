@@ -52,10 +52,10 @@ def serve_and_ask(fleet: Path, asked: Sequence[tuple[str, str]], released: str, 
     with Service(fleet, port=0, admin_port=0, open=True) as service:
         ask, client = caller(service.url)
         ask(*asked[0])  # what is computed once is not counted
-        before = service.engine.state()
+        before = service.serving.state()
         with ThreadPoolExecutor(len(asked)) as threads:
             answers = list(threads.map(lambda pair: ask(*pair), asked))
-        after = service.engine.state()
+        after = service.serving.state()
         key, secret = service.desk.access.make_key("", "the demo", admin=True)
         aliases = f"{service.admin_url}/admin/variants/{released}/aliases/prod"
 
@@ -73,6 +73,6 @@ def serve_and_ask(fleet: Path, asked: Sequence[tuple[str, str]], released: str, 
         "client": client,
         "answers": [{"asked": model, "prompt": p, "text": text, "by": by}
                     for (model, p), (text, by) in zip(asked, answers, strict=True)],
-        "steps": after["steps"] - before["steps"], "tokens": after["new_tokens"] - before["new_tokens"],
+        "steps": after.steps - before.steps, "tokens": after.new_tokens - before.new_tokens,
         "turns": turns,
     }  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from plures.core.errors import BadInput, PluresError, WrongUse
+from plures.engine.state import State
 
 Finish = Literal["", "stop", "length", "cancelled", "error"]
 Prompt = str | Sequence[Mapping[str, str]]
@@ -129,6 +130,6 @@ class Serving(Protocol):
         """End a request early; its last piece says "cancelled". Unknown and ended tickets are ignored."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What goes on, as JSON: see `docs/serve.md`, "State"."""
+    def state(self) -> State:
+        """What goes on."""
         ...

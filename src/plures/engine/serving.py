@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from plures.engine.model import Base, encode_prompt, ends_of
 from plures.engine.schedule import Queue, Waiting
 from plures.engine.share import Share
 from plures.engine.standing import Standing
+from plures.engine.state import State
 from plures.engine.tiers import Tiers
 from plures.tensors.variant import Variant
 
@@ -288,17 +288,17 @@ class Engine:
         rate = tokens / max(took_s, 1e-6)
         self._speed = rate if not self._speed else 0.9 * self._speed + 0.1 * rate
 
-    def state(self) -> dict[str, Any]:
-        """What goes on, as JSON."""
+    def state(self) -> State:
+        """What goes on."""
         with self._lock:
             busy: dict[str, int] = {}
             for row in self.standing.running.values():
                 busy[row.ask.variant or "base"] = busy.get(row.ask.variant or "base", 0) + 1
-            return {
-                "alive": self.alive, "failure": self.failure, "rows": len(self.standing.running),
-                "max_rows": self.settings.rows, "waiting": len(self.queue), "queues": self.queue.depths(),
-                "counters": self.queue.counters(), "running": busy, "kv_blocks": self.cache.size,
-                "kv_used": self.cache.used, "tokens_s": round(self._speed, 1), "step_s": self._last_step_s,
-                "steps": self.steps, "computed_tokens": self.computed_tokens, "cached_tokens": self.cached_tokens,
-                "new_tokens": self.new_tokens, "preempted": self.standing.preempted, "variants": self.tiers.state(),
-            }  # fmt: skip
+            return State(
+                alive=self.alive, failure=self.failure, rows=len(self.standing.running), max_rows=self.settings.rows,
+                waiting=len(self.queue), queues=self.queue.depths(), counters=self.queue.counters(), running=busy,
+                kv_blocks=self.cache.size, kv_used=self.cache.used, tokens_s=round(self._speed, 1),
+                step_s=self._last_step_s, steps=self.steps, computed_tokens=self.computed_tokens,
+                cached_tokens=self.cached_tokens, new_tokens=self.new_tokens, preempted=self.standing.preempted,
+                variants=self.tiers.state(),
+            )  # fmt: skip

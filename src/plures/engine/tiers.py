@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from plures.core.errors import PluresError
 from plures.engine import packed
 from plures.engine.ask import Overloaded, Unavailable
 from plures.engine.bank import Bank, Packed, Place, pack
 from plures.engine.belady import belady
+from plures.engine.state import TierState
 from plures.tensors.variant import Variant
 
 _LOGGED = 10_000
@@ -243,17 +243,16 @@ class Tiers:
         self._rates = time.monotonic(), mine, best
         return mine, best
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> TierState:
         """Counts and bytes of every tier."""
         hit_rate, best = self.hit_rates()
         with self._lock:
-            return {
-                "hit_rate": round(hit_rate, 4), "best_hit_rate": round(best, 4),
-                "resident": list(self.bank.slots), "in_use": dict(self._users), "pinned": sorted(self.pinned),
-                "resident_bytes": self.bank.used_bytes, "host": len(self._packed), "host_bytes": self._bytes,
-                "asked": self.asked, "hits": self.hits, "loads": self.loads, "evictions": self.evictions,
-                "failed": dict(self._failed),
-            }  # fmt: skip
+            return TierState(
+                hit_rate=round(hit_rate, 4), best_hit_rate=round(best, 4), resident=tuple(self.bank.slots),
+                in_use=dict(self._users), pinned=tuple(sorted(self.pinned)), resident_bytes=self.bank.used_bytes,
+                host=len(self._packed), host_bytes=self._bytes, asked=self.asked, hits=self.hits, loads=self.loads,
+                evictions=self.evictions, failed=dict(self._failed),
+            )  # fmt: skip
 
     def close(self) -> None:
         """Stop loading."""

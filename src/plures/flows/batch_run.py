@@ -81,7 +81,7 @@ class Runner:
             self._woken.clear()
             self._looked = time.monotonic()
             # half of the rows, so that there is always room for those who wait for their answer
-            self._size = max(1, int(self.serving.state().get("max_rows", 0)) // 2)
+            self._size = max(1, self.serving.state().max_rows // 2)
             self._look()
         running = list(self._running.values())
         if not running:

@@ -102,10 +102,10 @@ class Desk:
 
     def visible(self, tenant: Tenant) -> list[dict[str, Any]]:
         """The models that a tenant may name, as OpenAI lists them: names, then `name@alias`, then the base."""
-        made = [_model(v.name, v) for v in self.store.versions() if tenant.sees(v.name) and v.name != THE_BASE]
+        made = [as_model(v.name, v) for v in self.store.versions() if tenant.sees(v.name) and v.name != THE_BASE]
         for v in self.store.versions(None, all=True):
             if tenant.sees(v.name):
-                made.extend(_model(f"{v.name}@{a}", v) for a in v.aliases)
+                made.extend(as_model(f"{v.name}@{a}", v) for a in v.aliases)
         if tenant.base:
             made.append({"id": THE_BASE, "object": "model", "created": 0, "owned_by": "plures", "identity": BASE,
                          "method": "", "version": THE_BASE})  # fmt: skip
@@ -248,7 +248,8 @@ class Desk:
         return {"ref": made.ref, "identity": made.identity, "method": made.method, "bytes": made.n_bytes}
 
 
-def _model(id: str, v: Version) -> dict[str, Any]:
+def as_model(id: str, v: Version) -> dict[str, Any]:
+    """A version as OpenAI lists a model, under the name `id`; its key `version` holds the version's ref."""
     created = int(datetime.fromisoformat(v.created).timestamp())
     return {"id": id, "object": "model", "created": created, "owned_by": "plures", "identity": v.identity,
             "method": v.method, "version": v.ref}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,13 +61,21 @@ class Posterior:
                            f"{self.prior!r}")  # fmt: skip
         return [math.log(p) for p in given]
 
-    def weigh(self, logprobs: Tensor, past: Tensor) -> Tensor:
-        """w, at each position by what was read before it."""
+    def _log_posterior(self, past: Tensor) -> Tensor:
+        """log p(x_<t | d) + log p(d), `[members, ...]`: the log of w but for what all members share."""
         prior = self._log_prior() or [0.0] * len(past)
         if len(prior) != len(past):
             raise WrongUse(f"posterior.prior {self.prior!r} is of {len(prior)} members, and {len(past)} answer "
                            "together; name one number for each")  # fmt: skip
-        z = past + past.new_tensor(prior).reshape(-1, *[1] * (past.ndim - 1))
+        return past + past.new_tensor(prior).reshape(-1, *[1] * (past.ndim - 1))
+
+    def surest_of(self, past: Sequence[float]) -> int:
+        """The member of the greatest posterior, by how likely one text is to each, in nats; of equals the first."""
+        return int(self._log_posterior(torch.tensor(past, dtype=torch.float64)).argmax())
+
+    def weigh(self, logprobs: Tensor, past: Tensor) -> Tensor:
+        """w, at each position by what was read before it."""
+        z = self._log_posterior(past)
         if self.surest:
             return torch.nn.functional.one_hot(z.argmax(0), len(z)).movedim(-1, 0).to(logprobs.dtype)
         return torch.softmax(z, 0).to(logprobs.dtype)

@@ -222,7 +222,7 @@ def _people(desk: Desk, serving: Serving, by: Any) -> APIRouter:
     @made.get("/state")
     def state(who: by) -> dict[str, Any]:
         """What the engine does."""
-        return serving.state()
+        return serving.state().as_json()
 
     return made
 

@@ -25,7 +25,7 @@ class Keeper:
         self._pins: frozenset[str] = frozenset()
         self._known: frozenset[str] = frozenset()
         base = load_base(desk.store.base)
-        self.engine = Engine(base, desk.load, settings, share_of=self._share_of, folder=desk.fleet / FOLDER)
+        self.serving = Engine(base, desk.load, settings, share_of=self._share_of, folder=desk.fleet / FOLDER)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="plures-keep")
 
@@ -36,6 +36,11 @@ class Keeper:
         return Share(tenant.weight, tenant.concurrency, tenant.rate, tenant.tokens_per_minute)
 
     @property
+    def failure(self) -> str:
+        """Why no more requests are answered; "" while they are."""
+        return self.serving.failure or ("" if self.serving.alive else "the engine does not run")
+
+    @property
     def pins(self) -> frozenset[str]:
         """The identities that are pinned, as last seen."""
         return self._pins
@@ -43,7 +48,7 @@ class Keeper:
     def start(self) -> None:
         """Answer from now on."""
         self._refresh()
-        self.engine.start()
+        self.serving.start()
         self._thread.start()
 
     def _keep(self) -> None:
@@ -59,14 +64,14 @@ class Keeper:
             return
         if pins != self._pins:
             self._pins = pins
-            self.engine.pin(pins)
+            self.serving.pin(pins)
         if all_variants != self._known:
             self._known = all_variants
-            self.engine.tiers.prepare(all_variants)
+            self.serving.tiers.prepare(all_variants)
 
     def stop(self, grace_s: float) -> None:
         """Stop the engine, its running requests finished first within `grace_s`."""
         self._stopping.set()
-        self.engine.stop(grace_s)
+        self.serving.stop(grace_s)
         if self._thread.ident is not None:
             self._thread.join(REFRESH_S)

@@ -145,20 +145,20 @@ class _Live(Collector):
             family.add_metric(labels, n)
         yield family
         state = self.serving.state()
-        tiers = state.get("variants", {})
+        tiers = state.variants
         gauges = {
-            "rows": state.get("rows", 0), "waiting": state.get("waiting", 0), "kv_blocks_used": state.get("kv_used", 0),
-            "kv_blocks": state.get("kv_blocks", 0), "variants_resident": len(tiers.get("resident", ())),
-            "variants_packed": tiers.get("host", 0), "resident_bytes": tiers.get("resident_bytes", 0),
-            "tokens_per_second": state.get("tokens_s", 0), "up": int(bool(state.get("alive"))),
+            "rows": state.rows, "waiting": state.waiting, "kv_blocks_used": state.kv_used,
+            "kv_blocks": state.kv_blocks, "variants_resident": len(tiers.resident), "variants_packed": tiers.host,
+            "resident_bytes": tiers.resident_bytes, "tokens_per_second": state.tokens_s, "up": int(state.alive),
         }  # fmt: skip
         for name, value in gauges.items():
             yield GaugeMetricFamily(f"plures_{name}", name.replace("_", " "), value)
-        for key in ("asked", "hits", "loads", "evictions"):
-            yield CounterMetricFamily(f"plures_variant_{key}", f"variants: {key}", tiers.get(key, 0))
-        yield CounterMetricFamily("plures_preempted", "requests preempted", state.get("preempted", 0))
+        counts = {"asked": tiers.asked, "hits": tiers.hits, "loads": tiers.loads, "evictions": tiers.evictions}
+        for key, n in counts.items():
+            yield CounterMetricFamily(f"plures_variant_{key}", f"variants: {key}", n)
+        yield CounterMetricFamily("plures_preempted", "requests preempted", state.preempted)
         queue = GaugeMetricFamily("plures_queue_depth", "requests that wait", labels=["tenant"])
-        depths = sorted(state.get("queues", {}).items(), key=lambda kv: -kv[1])
+        depths = sorted(state.queues.items(), key=lambda kv: -kv[1])
         for tenant, n in depths[:50]:
             queue.add_metric([tenant], n)
         yield queue

@@ -12,9 +12,8 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from plures.core.errors import BadInput, Unreachable, WrongUse, missing
@@ -23,90 +22,62 @@ from plures.engine.limits import Settings
 from plures.engine.model import load_tokenizer
 from plures.flows.desk import Desk
 from plures.server.replicas import Replicas
-from plures.server.routing import Table
-from plures.server.run import LAST_S, Doors, check_open
-from plures.server.wire import Refusal, Stream
+from plures.server.wire import FarState, Refusal, Stream
 
 MOST_ONGOING = 1 << 14  # above what an engine admits: it says itself when there is too much
 STORE_BYTES = 128 << 20  # of Ray's object store, through which nothing of ours goes
 
 
+@dataclass(frozen=True)
 class OnRay:
-    """One fleet, served by replicas; see `run.Service`.
+    """That a fleet is served by replicas: `Service("acme.fleet", on=OnRay(replicas=2))`.
 
     Options:
         replicas: processes with an engine each. Variants, slots and rows are counted in each of them.
         threads: that each computes with; 0 shares the machine's cores between them.
         grace_s: how long Ray gives a replica's requests where it replaces a replica.
-    Raises: as `run.Service`; MissingExtra without Ray.
+    Raises: WrongUse for no replicas; at the start MissingExtra without Ray, BadInput where they cannot start.
     """
 
-    def __init__(
-        self, fleet: str | Path, settings: Settings = Settings(), *, replicas: int = 1, threads: int = 0,
-        grace_s: float = 30.0, host: str = "127.0.0.1", port: int = 8000, admin_port: int | None = None,
-        open: bool = False, routes: Table = MappingProxyType({}),
-    ) -> None:  # fmt: skip
-        check_open(host, open)
-        if replicas < 1:
-            raise WrongUse(f"replicas must be at least 1, got {replicas}")
-        self._replicas, self._grace_s = replicas, grace_s
-        self._settings = replace(settings, engines=replicas)
-        self._threads = threads or max(1, (os.cpu_count() or 1) // replicas)
+    replicas: int = 1
+    threads: int = 0
+    grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise WrongUse(f"replicas must be at least 1, got {self.replicas}")
+
+    def __call__(self, desk: Desk, settings: Settings) -> Replicated:
+        """What answers for a desk's fleet."""
+        return Replicated(self, desk, settings)
+
+
+class Replicated:
+    """A fleet's replicas, and the way to them; see `run.Behind`."""
+
+    def __init__(self, how: OnRay, desk: Desk, settings: Settings) -> None:
+        self._how, self._fleet = how, desk.fleet
+        self._settings = replace(settings, engines=how.replicas)
+        self._threads = how.threads or max(1, (os.cpu_count() or 1) // how.replicas)
         self._ray: _Ray | None = None
-        self.desk = Desk(Path(fleet))
-        try:
-            self.serving = Replicas(load_tokenizer(self.desk.store.base), settings.rows)
-            try:
-                self._doors = Doors(self.desk, self.serving, host=host, port=port, admin_port=admin_port, open=open,
-                                    routes=routes)  # fmt: skip
-            except BaseException:
-                self.serving.stop(0.0)
-                raise
-        except BaseException:
-            self.desk.close()
-            raise
-
-    @property
-    def url(self) -> str:
-        """Where the public API is."""
-        return self._doors.url(0)
-
-    @property
-    def admin_url(self) -> str:
-        """Where the administration is."""
-        return self._doors.url(1)
+        self.serving = Replicas(load_tokenizer(desk.store.base), settings.rows)
 
     @property
     def failure(self) -> str:
         """Always "": Ray puts a new replica in the place of one that has failed; `/readyz` says whether one answers."""
         return ""
 
-    def start(self) -> OnRay:
-        """Answer from now on; returns once all replicas run and the ports are open."""
-        try:
-            self._ray = _Ray(self._replicas * self._threads)
-            link = self._ray.deploy(self.desk.fleet, self._settings, self._replicas, self._threads, self._grace_s)
-            self.serving.start(link)
-            self._doors.start()
-        except BaseException:
-            self.stop(0.0)
-            raise
-        return self
+    def start(self) -> None:
+        """Run the replicas; returns once all of them do."""
+        n = self._how.replicas
+        self._ray = _Ray(n * self._threads)
+        self.serving.start(self._ray.deploy(self._fleet, self._settings, n, self._threads, self._how.grace_s))
 
-    def stop(self, grace_s: float = 30.0) -> None:
-        """Take no new requests, finish or fail those that run within `grace_s`, close the ports, end the processes."""
-        until = time.monotonic() + grace_s
+    def stop(self, grace_s: float) -> None:
+        """Take no more requests, finish or fail those that run within `grace_s`, end the processes."""
         self.serving.stop(grace_s)
-        self._doors.stop(max(LAST_S, until - time.monotonic()))
         if self._ray is not None:
             self._ray.stop()
-        self.desk.close()
-
-    def __enter__(self) -> OnRay:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 class _Ray:
@@ -206,10 +177,10 @@ class _Link:
         """We ask no more: end what there is of ours."""
         await self._handle.broadcast("leave", self._front).results_async(timeout_s=2.0, return_exceptions=True)
 
-    def states(self, timeout_s: float) -> list[dict[str, Any]]:
+    def states(self, timeout_s: float) -> list[FarState]:
         """The state of each that answers in time."""
         told = self._handle.broadcast("state").results(timeout_s=timeout_s, return_exceptions=True)
-        return [state for state in told if isinstance(state, dict)]
+        return [far for far in told if isinstance(far, FarState)]
 
 
 @contextmanager

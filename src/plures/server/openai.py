@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from plures.engine.ask import BASE, Piece, Serving
-from plures.flows.desk import Desk
+from plures.flows.desk import Desk, as_model
 from plures.server.answers import Answer, Asked, Prompt, asks_of, encode, prompts_of, text_of
 from plures.server.errors import Refused, shape
 from plures.server.job import Job, Mailbox
@@ -59,10 +58,7 @@ def router(desk: Desk, serving: Serving, metrics: Metrics, who: WhoAsks,
         target = desk.resolve(model, tenant)
         if target.identity == BASE:
             return next(m for m in desk.visible(tenant) if m["id"] == model)
-        found = desk.store.resolve(target.ref)
-        created = int(datetime.fromisoformat(found.created).timestamp())
-        return {"id": model, "object": "model", "created": created, "owned_by": "plures", "identity": found.identity,
-                "method": found.method, "version": found.ref}  # fmt: skip
+        return as_model(model, desk.store.resolve(target.ref))
 
     async def begin(request: Request, asked: Asked, prompts: Sequence[Sequence[int]]) -> Job:
         mailbox = Mailbox()

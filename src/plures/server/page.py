@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from plures.engine.ask import Serving
@@ -73,34 +74,33 @@ _MOST = 500
 def status(desk: Desk, serving: Serving, tenant: Tenant, everything: bool) -> dict[str, Any]:
     """What the page shows: all of it, or what one tenant may know."""
     state = serving.state()
-    tiers = state.get("variants", {})
-    resident, pinned = set(tiers.get("resident", ())), set(tiers.get("pinned", ()))
-    running, failed = state.get("running", {}), tiers.get("failed", {})
+    tiers = state.variants
+    resident, pinned = set(tiers.resident), set(tiers.pinned)
 
     def where(identity: str) -> str:
         if not identity:
             return "base"
-        if identity in failed:
-            return f"unavailable: {failed[identity]}"
+        if identity in tiers.failed:
+            return f"unavailable: {tiers.failed[identity]}"
         return "pinned" if identity in pinned else "resident" if identity in resident else "store"
 
     shown = desk.visible(tenant)
     lines = [[m["id"], m["version"], m["method"] or "-", where(m["identity"]),
-              str(running.get(m["identity"] or "base", 0))] for m in shown[:_MOST]]  # fmt: skip
-    queues = sorted(state.get("queues", {}).items(), key=lambda q: -q[1])
+              str(state.running.get(m["identity"] or "base", 0))] for m in shown[:_MOST]]  # fmt: skip
+    queues = sorted(state.queues.items(), key=lambda q: -q[1])
     if not everything:
         queues = [q for q in queues if q[0] == tenant.name]
-    kv = 100 * state.get("kv_used", 0) / max(1, state.get("kv_blocks", 1))
-    hits, best = (f"{100 * tiers.get(k, 1.0):.0f} %" for k in ("hit_rate", "best_hit_rate"))
+    kv = 100 * state.kv_used / max(1, state.kv_blocks)
+    hits, best = (f"{100 * share:.0f} %" for share in (tiers.hit_rate, tiers.best_hit_rate))
     numbers = [
-        ["requests running", f"{state.get('rows', 0)} of {state.get('max_rows', 0)}"], ["tokens per second",
-         f"{state.get('tokens_s', 0):.0f}"], ["memory for tokens", f"{kv:.0f} %"],
+        ["requests running", f"{state.rows} of {state.max_rows}"], ["tokens per second", f"{state.tokens_s:.0f}"],
+        ["memory for tokens", f"{kv:.0f} %"],
     ]  # fmt: skip
     if everything:
         numbers += [
-            ["requests waiting", str(state.get("waiting", 0))], ["variants resident", str(len(resident))],
-            ["resident when asked", hits], ["best possible", best], ["preempted", str(state.get("preempted", 0))],
+            ["requests waiting", str(state.waiting)], ["variants resident", str(len(resident))],
+            ["resident when asked", hits], ["best possible", best], ["preempted", str(state.preempted)],
         ]  # fmt: skip
-    return {"alive": bool(state.get("alive")), "failure": state.get("failure", "") if everything else "not answering",
+    return {"alive": state.alive, "failure": state.failure if everything else "not answering",
             "numbers": numbers, "variants": lines, "queues": [[t, str(n)] for t, n in queues[:_MOST]],
-            "replicas": state.get("replicas", []) if everything else []}  # fmt: skip
+            "replicas": [asdict(one) for one in state.replicas or ()] if everything else []}  # fmt: skip

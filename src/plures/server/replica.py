@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from ray import serve
@@ -18,7 +17,7 @@ from plures.engine.limits import Settings
 from plures.flows.desk import Desk
 from plures.server.job import Mailbox
 from plures.server.keep import Keeper
-from plures.server.wire import Refusal, Told
+from plures.server.wire import FarState, Refusal, Told
 
 _APART_S = 0.004  # between two lists: each costs two processes 0.5 ms, and a small model's steps are as short
 
@@ -46,7 +45,7 @@ class Replica:
         torch.set_num_threads(threads)
         self._desk = Desk(Path(fleet))
         self._keeper = Keeper(self._desk, settings)
-        self._engine = self._keeper.engine
+        self._engine = self._keeper.serving
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._fronts: dict[str, _Front] = {}
         self._left: deque[str] = deque(maxlen=1024)  # fronts that ask no more
@@ -127,9 +126,9 @@ class Replica:
             if ticket is not None:
                 self._engine.cancel(ticket)
 
-    async def state(self) -> dict[str, Any]:
+    async def state(self) -> FarState:
         """The engine's state, and whose it is."""
-        return self._engine.state() | {"replica": self._name, "pid": os.getpid(), "context": self._engine.context}
+        return FarState(self._name, os.getpid(), self._engine.context, self._engine.state())
 
     async def check_health(self) -> None:
         """Ray asks now and then, and starts another replica in place of one that raises."""

@@ -15,9 +15,10 @@ from typing import Any
 from plures.core.errors import BadInput
 from plures.engine.ask import BASE, Ask, Finish, Overloaded, Piece, Prompt
 from plures.engine.model import Base, encode_prompt
+from plures.engine.state import State
 from plures.server.states import merged
 from plures.server.where import Where
-from plures.server.wire import Link
+from plures.server.wire import FarState, Link
 
 GONE = "the replica that answered has gone; ask again"
 STOPPING = "the server is stopping"
@@ -68,8 +69,8 @@ class Replicas:
             threading.Thread(target=self._loop.run_forever, daemon=True, name="plures-replicas"),
             threading.Thread(target=self._watch, daemon=True, name="plures-watch"),
         ]
-        self._last: dict[str, dict[str, Any]] = {}  # of every replica there has been, the last state seen
-        self._live: list[dict[str, Any]] = []
+        self._last: dict[str, FarState] = {}  # of every replica there has been, the last state seen
+        self._live: list[FarState] = []
         self._trouble = "no replica has answered yet"
 
     def start(self, link: Link) -> None:
@@ -80,7 +81,7 @@ class Replicas:
             time.sleep(0.0 if self._live else 0.1)
         if not self._live:
             raise BadInput(f"no replica answers: {self._trouble}")
-        self.context = self._live[0]["context"]
+        self.context = self._live[0].context
         for thread in self._threads:
             thread.start()
 
@@ -114,7 +115,7 @@ class Replicas:
     @property
     def alive(self) -> bool:
         """Whether at least one replica answers."""
-        return any(state["alive"] for state in self._live) and not self._stopping.is_set()
+        return any(far.state.alive for far in self._live) and not self._stopping.is_set()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of messages through the chat template. Raises: WrongUse."""
@@ -274,11 +275,11 @@ class Replicas:
             self._live = self._link.states(STATES_S)
         except Exception as error:  # none runs
             self._live, self._trouble = [], f"{type(error).__name__}: {str(error)[:200]}"
-        self._last |= {state["replica"]: state for state in self._live}
-        for state in self._live:
-            self._soon(self._hear, state["replica"])
+        self._last |= {far.replica: far for far in self._live}
+        for far in self._live:
+            self._soon(self._hear, far.replica)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """What goes on, all replicas together and each by itself; of the last second."""
         failure = "" if self.alive else STOPPING if self._stopping.is_set() else self._trouble
-        return merged(self._live, list(self._last.values())) | {"alive": self.alive, "failure": failure}
+        return merged(self._live, list(self._last.values()), self.alive, failure)

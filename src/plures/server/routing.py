@@ -1,19 +1,16 @@
 """A name that stands for several variants: the one whose domain a prompt most probably is of answers it (HDEE).
 
-The posterior is that of route `posterior` at the end of the prompt, p(d | x) ~ p(x | d) p(d). Every member reads the
-prompt once, side by side in the running batch; what the chosen one has read is there for its answer.
+The posterior is that of route `posterior` at the end of the prompt. Every member reads the prompt once, side by side in
+the running batch; the one of the greatest posterior alone answers, and what it has read is there for its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import torch
 
 from plures.core.errors import WrongUse, nearest
 from plures.engine.ask import Ask, Sampling, Serving
@@ -28,10 +25,10 @@ from plures.store.names import check_name, shown
 
 @dataclass(frozen=True)
 class Routed:
-    """The members of a name, as a request may call them, and how probable each one's domain is beforehand."""
+    """The members of a name, as a request may call them, and the route that chooses between them, with its prior."""
 
     members: tuple[str, ...]
-    prior: tuple[float, ...]
+    way: Posterior
 
 
 Table = Mapping[str, Routed]
@@ -54,12 +51,9 @@ def read_routes(said: Sequence[str]) -> dict[str, Routed]:
         if len(members) < 2 or len(set(members)) < len(members):
             raise WrongUse(f"route {line!r}: name at least two members that all differ")
         try:
-            prior = tuple(float(p) if colon else 1.0 for _, colon, p in parts)
-        except ValueError:
-            prior = (math.nan,)
-        if not all(math.isfinite(p) and p > 0 for p in prior):
-            raise WrongUse(f"route {line!r}: a prior is a number above 0, like support:0.7")
-        out[name] = Routed(members, prior)
+            out[name] = Routed(members, Posterior(",".join(p if colon else "1" for _, colon, p in parts)))
+        except WrongUse:
+            raise WrongUse(f"route {line!r}: a prior is a number above 0, like support:0.7") from None
     return out
 
 
@@ -108,10 +102,7 @@ class Router:
                            "request; send them one by one")  # fmt: skip
         routed = self.table[model]
         targets = [self.desk.resolve(member, tenant) for member in routed.members]
-        nats = await self._read(tenant, targets, tuple(prompts[0]))
-        way = Posterior(prior=",".join(map(repr, routed.prior)))
-        past = torch.tensor(nats, dtype=torch.float64)
-        return targets[int(way.weigh(past[:, None], past).argmax())].ref
+        return targets[routed.way.surest_of(await self._read(tenant, targets, tuple(prompts[0])))].ref
 
     async def _read(self, tenant: Tenant, targets: Sequence[Target], prompt: tuple[int, ...]) -> list[float]:
         """How likely the prompt is to each member, in nats; what each has read is in the metrics."""

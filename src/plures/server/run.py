@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -94,6 +94,28 @@ def check_open(host: str, open: bool) -> None:
         raise WrongUse(f"open serving (no keys) on {host!r} would answer everybody; serve with keys: plures key")
 
 
+class Behind(Protocol):
+    """What answers behind the doors of a service: an engine in this process (`Keeper`), or replicas (`on_ray`)."""
+
+    @property
+    def serving(self) -> Serving:
+        """Whom the doors ask."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Why no more requests are answered; "" while they are, or will be again."""
+        ...
+
+    def start(self) -> None:
+        """Answer from now on."""
+        ...
+
+    def stop(self, grace_s: float) -> None:
+        """Take no more requests, finish or fail those that run within `grace_s`, and end what was started."""
+        ...
+
+
 class Service:
     """One fleet, served: `with Service("acme.fleet", port=0) as service: … service.url …`.
 
@@ -102,6 +124,7 @@ class Service:
         admin_port: where the administration listens (0: a free one; None: nowhere).
         open: no keys; everybody who reaches the port sees every variant. Only for one's own machine.
         routes: names that stand for several variants, of which the prompt chooses one (`server.routing`).
+        on: what answers: an engine in this process, or the processes of `on_ray.OnRay`.
     Raises: WrongUse where `open` is asked for beyond the loopback, or for routes that cannot be; BadInput where a port
         is taken.
     """
@@ -109,14 +132,19 @@ class Service:
     def __init__(
         self, fleet: str | Path, settings: Settings = Settings(), *, host: str = "127.0.0.1", port: int = 8000,
         admin_port: int | None = None, open: bool = False, routes: Table = MappingProxyType({}),
+        on: Callable[[Desk, Settings], Behind] = Keeper,
     ) -> None:  # fmt: skip
         check_open(host, open)
         self.desk = Desk(Path(fleet))
         try:
-            self._keeper = Keeper(self.desk, settings)
-            self.engine = self._keeper.engine
-            self._doors = Doors(self.desk, self.engine, host=host, port=port, admin_port=admin_port, open=open,
-                                routes=routes)  # fmt: skip
+            self._behind = on(self.desk, settings)
+            self.serving = self._behind.serving
+            try:
+                self._doors = Doors(self.desk, self.serving, host=host, port=port, admin_port=admin_port, open=open,
+                                    routes=routes)  # fmt: skip
+            except BaseException:
+                self._behind.stop(0.0)
+                raise
         except BaseException:
             self.desk.close()
             raise
@@ -133,13 +161,13 @@ class Service:
 
     @property
     def failure(self) -> str:
-        """Why no more requests are answered; "" while they are."""
-        return self.engine.failure or ("" if self.engine.alive else "the engine does not run")
+        """Why no more requests are answered; "" while they are, or will be again."""
+        return self._behind.failure
 
     def start(self) -> Service:
-        """Answer from now on; returns once the ports are open."""
+        """Answer from now on; returns once all that answers runs and the ports are open."""
         try:
-            self._keeper.start()
+            self._behind.start()
             self._doors.start()
         except BaseException:
             self.stop(0.0)
@@ -149,7 +177,7 @@ class Service:
     def stop(self, grace_s: float = 30.0) -> None:
         """Take no new requests, finish or fail those that run within `grace_s`, and close the ports."""
         until = time.monotonic() + grace_s
-        self._keeper.stop(grace_s)
+        self._behind.stop(grace_s)
         self._doors.stop(max(LAST_S, until - time.monotonic()))
         self.desk.close()
 

@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
-State = Mapping[str, Any]
-_SUMS = ("rows", "max_rows", "waiting", "kv_blocks", "kv_used")
-_COUNTS = ("steps", "computed_tokens", "cached_tokens", "new_tokens", "preempted")
-_TIER_COUNTS = ("asked", "hits", "loads", "evictions")
+from plures.engine.state import ReplicaState, State, TierState
+from plures.server.wire import FarState
+
+N = TypeVar("N", int, float)
 
 
-def merged(live: Sequence[State], ever: Sequence[State]) -> dict[str, Any]:
+def merged(live: Sequence[FarState], ever: Sequence[FarState], alive: bool, failure: str) -> State:
     """One state of many: what is, of those that live; what is counted, of all there have been, so that no count falls.
 
     A variant that failed somewhere counts as failed where it is resident nowhere.
     """
-    tiers = [state["variants"] for state in live]
-    resident = {identity for tier in tiers for identity in tier["resident"]}
-    variants: dict[str, Any] = {
-        "resident": sorted(resident), "in_use": _added(t["in_use"] for t in tiers),
-        "pinned": sorted({identity for t in tiers for identity in t["pinned"]}),
-        "failed": {i: why for t in tiers for i, why in t["failed"].items() if i not in resident},
-    }  # fmt: skip
-    asked = sum(t["asked"] for t in tiers)
-    for key in ("hit_rate", "best_hit_rate"):
-        variants[key] = sum(t[key] * t["asked"] for t in tiers) / asked if asked else 1.0
-    variants |= {key: sum(t[key] for t in tiers) for key in ("resident_bytes", "host", "host_bytes")}
-    variants |= {key: sum(state["variants"][key] for state in ever) for key in _TIER_COUNTS}
-    said: dict[str, Any] = {key: sum(state[key] for state in live) for key in _SUMS}
-    said |= {key: sum(state[key] for state in ever) for key in _COUNTS}
-    said |= {key: _added(state[key] for state in live) for key in ("queues", "counters", "running")}
-    said["tokens_s"] = round(sum(state["tokens_s"] for state in live), 1)
-    said["step_s"] = max((state["step_s"] for state in live), default=0.0)
-    return said | {"variants": variants, "replicas": [_one(state) for state in live]}
+    now, all_of = [far.state for far in live], [far.state for far in ever]
+    return State(
+        alive=alive, failure=failure, rows=sum(s.rows for s in now), max_rows=sum(s.max_rows for s in now),
+        waiting=sum(s.waiting for s in now), queues=_added(s.queues for s in now),
+        counters=_added(s.counters for s in now), running=_added(s.running for s in now),
+        kv_blocks=sum(s.kv_blocks for s in now), kv_used=sum(s.kv_used for s in now),
+        tokens_s=round(sum(s.tokens_s for s in now), 1), step_s=max((s.step_s for s in now), default=0.0),
+        steps=sum(s.steps for s in all_of), computed_tokens=sum(s.computed_tokens for s in all_of),
+        cached_tokens=sum(s.cached_tokens for s in all_of), new_tokens=sum(s.new_tokens for s in all_of),
+        preempted=sum(s.preempted for s in all_of),
+        variants=_tiers([s.variants for s in now], [s.variants for s in all_of]), replicas=tuple(map(_one, live)),
+    )  # fmt: skip
 
 
-def _added(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {}
+def _tiers(now: Sequence[TierState], all_of: Sequence[TierState]) -> TierState:
+    resident, asked = {identity for t in now for identity in t.resident}, sum(t.asked for t in now)
+    return TierState(
+        hit_rate=sum(t.hit_rate * t.asked for t in now) / asked if asked else 1.0,
+        best_hit_rate=sum(t.best_hit_rate * t.asked for t in now) / asked if asked else 1.0,
+        resident=tuple(sorted(resident)), in_use=_added(t.in_use for t in now),
+        pinned=tuple(sorted({identity for t in now for identity in t.pinned})),
+        resident_bytes=sum(t.resident_bytes for t in now), host=sum(t.host for t in now),
+        host_bytes=sum(t.host_bytes for t in now), asked=sum(t.asked for t in all_of),
+        hits=sum(t.hits for t in all_of), loads=sum(t.loads for t in all_of),
+        evictions=sum(t.evictions for t in all_of),
+        failed={i: why for t in now for i, why in t.failed.items() if i not in resident},
+    )  # fmt: skip
+
+
+def _added(counts: Iterable[Mapping[str, N]]) -> dict[str, N]:
+    total: dict[str, N] = {}
     for some in counts:
         for key, n in some.items():
             total[key] = total.get(key, 0) + n
     return total
 
 
-def _one(state: State) -> dict[str, Any]:
+def _one(far: FarState) -> ReplicaState:
     """What is told of one replica."""
-    tiers = state["variants"]
-    said = {key: state[key] for key in ("replica", "pid", "alive", "rows", "waiting", "tokens_s", "new_tokens")}
-    return said | {"resident": tiers["resident"]} | {key: tiers[key] for key in _TIER_COUNTS}
+    state, tiers = far.state, far.state.variants
+    return ReplicaState(
+        far.replica, far.pid, state.alive, state.rows, state.waiting, state.tokens_s, state.new_tokens, tiers.resident,
+        tiers.asked, tiers.hits, tiers.loads, tiers.evictions,
+    )  # fmt: skip

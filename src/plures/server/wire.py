@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from plures.core.errors import BadInput, MissingExtra, PluresError, WrongUse
 from plures.engine.ask import Ask, Overloaded, Piece, Unavailable
+from plures.engine.state import State
 
 _KINDS: dict[str, type[PluresError]] = {k.__name__: k for k in (Unavailable, MissingExtra, WrongUse, BadInput)}
 Told = list[tuple[int, Piece]]
@@ -35,6 +36,16 @@ class Refusal:
         if self.kind == "Overloaded":
             return Overloaded(self.message, self.retry_after_s)
         return _KINDS.get(self.kind, PluresError)(self.message)
+
+
+@dataclass(frozen=True)
+class FarState:
+    """The state of one replica's engine; `context` as in `Serving`."""
+
+    replica: str
+    pid: int
+    context: int
+    state: State
 
 
 class Stream(Protocol):
@@ -73,6 +84,6 @@ class Link(Protocol):
         """We ask no more: end what there is of ours."""
         ...
 
-    def states(self, timeout_s: float) -> list[dict[str, Any]]:
+    def states(self, timeout_s: float) -> list[FarState]:
         """The state of each that answers in time."""
         ...
