@@ -236,6 +236,10 @@ def test_from_init_to_gc(ok: Any, parsed: Any, base_folder: Path, text_rows: Pat
     scored = parsed("score", "support", str(text_rows), "--max-tokens", "24")
     assert scored["bits_per_byte"] > 0
     assert "bits/byte" in ok("score", "base", str(text_rows), "--at-most", "99")
+    *_, line = ok("list").splitlines()
+    assert line.split()[0] == "support@2" and "text.jsonl (held-out share) +1" in line  # that of its own training
+    scores = parsed("list")[0]["scores"]
+    assert {(s["dataset"], s["metric"]) for s in scores} >= {(str(text_rows), "bits_per_byte")} and len(scores) == 6
     assert parsed("alias", "support@2", "next") == {"ref": "support@2", "alias": "next", "deleted": False}
     assert ok("alias", "support@2", "next", "--delete") == "support@next is gone\n"
     assert ok("alias", "support@2", "prod") == "support@prod -> support@2\n"
