@@ -64,7 +64,9 @@ def cases() -> dict[str, dict[str, Any]]:
         out |= {f"nuslerp{on}": case("nuslerp", TWO, base, W),
                 f"nuslerp, flatten false{on}": case("nuslerp", TWO, base, W, nuslerp_flatten=False),
                 f"nuslerp, row wise{on}": case("nuslerp", TWO, base, W, nuslerp_row_wise=True, nuslerp_flatten=False),
+                f"nuslerp, row wise alone{on}": case("nuslerp", TWO, base, W, nuslerp_row_wise=True),
                 f"multislerp{on}": case("multislerp", THREE, base, W),
+                f"multislerp, eps 1e-3{on}": case("multislerp", THREE, base, W, eps=1e-3),
                 f"multislerp, equal weights{on}": case("multislerp", THREE, base, weight=1.0),
                 f"multislerp, no normalize{on}": case("multislerp", THREE, base, W, normalize_weights=False),
                 f"karcher{on}": case("karcher", THREE, base), f"karcher, 50 steps{on}":
@@ -78,8 +80,12 @@ def cases() -> dict[str, dict[str, Any]]:
             "ties, base among models": case("ties", ("base", *TWO), "base", HALF),
             "breadcrumbs, defaults": case("breadcrumbs", THREE, "base", W),
             "breadcrumbs, density 0.99 gamma 0.1": case("breadcrumbs", THREE, "base", W, density=0.99, gamma=0.1),
+            "breadcrumbs, density 0.5 gamma 0.9": case("breadcrumbs", THREE, "base", W, density=0.5, gamma=0.9),
+            "breadcrumbs_ties, density 0.99 gamma 0.1":
+            case("breadcrumbs_ties", THREE, "base", W, density=0.99, gamma=0.1),
             "model_stock": case("model_stock", THREE, "base"), "model_stock of two": case("model_stock", TWO, "base"),
             "model_stock, filter_wise": case("model_stock", THREE, "base", filter_wise=True),
+            "model_stock of two, filter_wise": case("model_stock", TWO, "base", filter_wise=True),
             "sce": case("sce", THREE, "base"), "sce, select_topk 0.4": case("sce", THREE, "base", select_topk=0.4),
             "sce, select_topk 0.1": case("sce", THREE, "base", select_topk=0.1),
             "nearswap": case("nearswap", ONE, "base", t=1e-3),

@@ -72,9 +72,14 @@ def ties(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
 
 
 def crumbs(W: Any, base: Any, g: Any) -> Array:
-    D = W - base
-    return np.stack([d * (top(d, int(ga * d.size + 1e-9) / d.size + de) & ~top(d, ga))
-                     for d, de, ga in zip(D, g["density"], g["gamma"], strict=True)])  # fmt: skip
+    """By a whole sort: so many stay, behind those that go or, of too many for that, the smallest."""
+    out, n = W - base, W.shape[1]
+    for d, density, gamma in zip(out, g["density"], g["gamma"], strict=True):
+        stay = int(density * n + 1e-9)
+        first = min(int(gamma * n + 1e-9), n - stay)
+        by_size = np.argsort(-np.abs(d.astype(np.float32)), kind="stable")
+        d[by_size[:first]] = d[by_size[first + stay :]] = 0
+    return np.asarray(out)
 
 
 def scoped(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
@@ -127,13 +132,25 @@ def slerp(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
 
 
 def nuslerp(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    return arc(W[0], W[1], g["weight"][1] / sum(g["weight"]), 1.0)
+    """One line after the other, each an index of the tensor: all of it, along the last axis, or along the first."""
+    t, cubes = g["weight"][1] / sum(g["weight"]), W.reshape(2, *shape)
+    out, lines = np.zeros(shape), [(...,)]
+    if not o.get("nuslerp_flatten", True) and len(shape) > 1:
+        down = o.get("nuslerp_row_wise", False)
+        lines = [(slice(None), *at) if down else (*at, slice(None))
+                 for at in np.ndindex(shape[1:] if down else shape[:-1])]  # fmt: skip
+    for line in lines:
+        a, b = (cube[line].ravel() for cube in cubes)
+        none = not a.any() or not b.any()
+        out[line] = ((1 - t) * a + t * b if none else arc(a, b, t, 1 - 1e-12)).reshape(out[line].shape)
+    return out.reshape(-1)
 
 
-def sphere(W: Any, w: Any, steps: int) -> Array:
-    """log and exp maps on vectors themselves."""
+def sphere(W: Any, w: Any, steps: int, eps: float = 0.0) -> Array:
+    """log and exp maps on vectors themselves; `eps` makes vectors of a length near it count less."""
     lengths = np.linalg.norm(W, axis=1)
     u, w = W / lengths[:, None], w / w.sum()
+    mean, w = w @ lengths, w * lengths / (lengths + eps)
     p = (w[:, None] * u).sum(0)
     p /= np.linalg.norm(p)
     for _ in range(steps):
@@ -148,11 +165,12 @@ def sphere(W: Any, w: Any, steps: int) -> Array:
         if size < 1e-9:
             break
         p = np.cos(size) * p + np.sin(size) * v / size
-    return np.asarray(p * (w @ lengths))
+    return np.asarray(p * mean)
 
 
 def multislerp(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    return sphere(W, np.asarray(g["weight"]), 1) * (1 if o.get("normalize_weights", True) else sum(g["weight"]))
+    eps, all_of = o.get("eps", 1e-8), sum(g["weight"])
+    return sphere(W, np.asarray(g["weight"]), 1, eps) * (1 if o.get("normalize_weights", True) else all_of)
 
 
 def karcher(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
@@ -160,11 +178,16 @@ def karcher(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
 
 
 def model_stock(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
-    D, n = W - base, len(W)
-    pairs = [D[i] @ D[j] / np.linalg.norm(D[i]) / np.linalg.norm(D[j]) for i in range(n) for j in range(i)]
-    c = float(np.mean(pairs))
-    t = n * c / (1 + (n - 1) * c)
-    return np.asarray(t * W.mean(0) + (1 - t) * base)
+    """Of the tensor, or of one row after the other; the base where nothing changed, and at the formula's pole."""
+    D, n, out = W - base, len(W), base.copy()
+    wide = shape[-1] if o.get("filter_wise", False) and shape else W.shape[1]
+    for at in range(0, W.shape[1], wide):
+        d = D[:, at : at + wide]
+        sizes = np.maximum(np.linalg.norm(d, axis=1), 1e-12)
+        c = float(np.mean([d[i] @ d[j] / sizes[i] / sizes[j] for i in range(n) for j in range(i)]))
+        if 1 + (n - 1) * c > 1e-6:
+            out[at : at + wide] += n * c / (1 + (n - 1) * c) * d.mean(0)
+    return np.asarray(out)
 
 
 def nearswap(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
@@ -251,14 +274,17 @@ THREE = {"weight": [0.5, 0.3, 0.7]}
 FEWER = THREE | {"density": [0.5, 0.4, 1.0]}
 SPREAD = FEWER | {"epsilon": [0.13, 0.11, 0.05]}  # sums that cancel to the last bit of float32 would differ in sign
 CRUMBS = THREE | {"density": [0.3, 0.5, 0.6], "gamma": [0.1, 0.01, 0.2]}
+OVER = THREE | {"density": [0.95, 0.99, 1.0], "gamma": [0.1, 0.005, 0.2]}
 MERGINGS: dict[str, Merging] = {
     "linear": Merging(linear, given=THREE, variants=(({"normalize": False}, {"weight": [1.0, -0.5, 0.25]}),)),
     "task_arithmetic": Merging(task_arithmetic, {"lambda_": 0.8}, THREE),
     "ties": Merging(ties, {}, THREE | {"density": [0.2, 0.5, 0.9]}, variants=(
         ({"lambda_": 1.5, "normalize": False}, THREE | {"density": [0.0, 1.0, 0.333]}),)),
     "breadcrumbs": Merging(breadcrumbs, {}, THREE | {"density": [0.3, 0.5, 0.6], "gamma": [0.1, 0.01, 0.0]},
-                           variants=(({"scope": "row"}, CRUMBS | {"density": [0.3, 0.5, 1.0]}),)),
-    "breadcrumbs_ties": Merging(breadcrumbs_ties, {}, CRUMBS, variants=(({"scope": "row"}, CRUMBS),)),
+                           variants=(({"scope": "row"}, CRUMBS | {"density": [0.3, 0.5, 1.0]}), ({}, OVER),
+                                     ({"scope": "row"}, OVER))),
+    "breadcrumbs_ties": Merging(breadcrumbs_ties, {}, CRUMBS, variants=(({"scope": "row"}, CRUMBS), ({}, OVER),
+                                                                        ({"scope": "row"}, OVER))),
     "dare_linear": Merging(dare_linear, {}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
                           variants=(({}, FEWER),)),
     "dare_ties": Merging(dare_ties, {"normalize": True}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
@@ -268,10 +294,13 @@ MERGINGS: dict[str, Merging] = {
     "della": Merging(della, {"normalize": True}, THREE | {"density": [1.0, 1.0, 1.0]}, random=True,
                     variants=(({"normalize": True}, SPREAD),)),
     "slerp": Merging(slerp, {"t": 0.3}, models=2, symmetric=False, spread=1.0),
-    "nuslerp": Merging(nuslerp, {}, {"weight": [1.0, 3.0]}, models=2, spread=0.3),
-    "multislerp": Merging(multislerp, {}, THREE, spread=1.0, variants=(({"normalize_weights": False}, THREE),)),
+    "nuslerp": Merging(nuslerp, {}, {"weight": [1.0, 3.0]}, models=2, spread=0.3, variants=(
+        ({"nuslerp_flatten": False}, {"weight": [1.0, 3.0]}),
+        ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, {"weight": [1.0, 3.0]}))),
+    "multislerp": Merging(multislerp, {}, THREE, spread=1.0, variants=(
+        ({"normalize_weights": False}, THREE), ({"eps": 0.4}, {"weight": [9.0, 2.0, 3.0]}))),
     "karcher": Merging(karcher, {"max_iter": 60, "tol": 1e-12}, THREE, spread=1.0),
-    "model_stock": Merging(model_stock),
+    "model_stock": Merging(model_stock, variants=(({"filter_wise": True}, {}),)),
     "nearswap": Merging(nearswap, {"t": 0.01}, models=1),
     "passthrough": Merging(passthrough, {}, {"scale": [0.5]}, models=1),
     "cabs": Merging(cabs, {"n": 2, "m": 8, "lambda_": 1.2}, THREE, symmetric=False,

@@ -241,7 +241,7 @@ def test_ways_of_mergekit_that_are_off_change_nothing_and_on_are_told(
     got = merged(recipe + "parameters: {filter_wise: false, int8_mask: true}\n")
     assert all((t - tensors[k] - 0.2).abs().max() <= 1e-5 for k, t in got.items())  # both differences point one way
     for more, why in (
-        ("parameters: {filter_wise: true}", "model_stock has no parameter 'filter_wise'"),
+        ("parameters: {filter_wize: true}", "model_stock has no parameter 'filter_wize'. Did you mean 'filter_wise'"),
         ("chat_template: chatml", "chat_template is 'chatml'; auto"),
         ("merge_metod: ties", "Did you mean 'merge_method'"),
     ):

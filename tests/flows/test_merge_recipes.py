@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import merged
 from plures.core.errors import WrongUse
-from plures.flows.merge import jobs, merge
+from plures.flows.merge import jobs, merge, sweep
 from plures.flows.merge_recipe import load, parse
 from plures.flows.merge_sources import opened
 from tiny import make_base
@@ -281,8 +281,87 @@ def test_spheres_around_a_base_model(root: Path, tmp_path: Path, method: str) ->
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         low = base[name].ravel()
         D = np.stack([a[name].ravel() - low, b[name].ravel() - low])
-        want = low + merged.MERGINGS[method].oracle(D, low, {"weight": [0.4, 0.4]}, (), {})
+        want = low + merged.MERGINGS[method].oracle(D, low, {"weight": [0.4, 0.4]}, tensor.shape, {})
         np.testing.assert_allclose(tensor.double().numpy().ravel(), want, rtol=1e-5, atol=1e-6)
+
+
+ROWS = {"nuslerp_flatten": False}
+BY_FILTER = [{"filter": "mlp", "value": True}, {"value": False}]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("nuslerp", ROWS), ("nuslerp", ROWS | {"nuslerp_row_wise": True}), ("nuslerp", {"nuslerp_row_wise": True}),
+     ("nuslerp", ROWS | {"nuslerp_row_wise": BY_FILTER}), ("nuslerp", {"nuslerp_flatten": BY_FILTER}),
+     ("model_stock", {"filter_wise": True}), ("model_stock", {"filter_wise": BY_FILTER}),
+     ("multislerp", {"eps": "1e-1"}), ("multislerp", {"eps": ["1e-2", 0.1, "5E-2"]}),
+     ("breadcrumbs", {"density": 0.9, "gamma": "2e-1"}), ("breadcrumbs_ties", {"density": 0.9, "gamma": 0.2}),
+     ("breadcrumbs", {"density": 0.9, "gamma": 0.2, "scope": "row"})],
+)  # fmt: skip
+def test_lines_and_edges_that_recipes_ask_for(root: Path, tmp_path: Path, method: str, said: dict[str, Any]) -> None:
+    """From YAML, for which 1e-1 is a word: tensor by tensor the oracle, to the byte whatever the workers and shards."""
+    a, b, base = tensors(root, "a", "b", "base")
+    for name in ("a", "b"):  # a model in two files
+        held = load_file(root / name / "model.safetensors")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((root / name / "config.json").read_bytes())
+        files = {k: f"{1 + i % 2}.safetensors" for i, k in enumerate(held)}
+        for file in set(files.values()):
+            save_file({k: v for k, v in held.items() if files[k] == file}, tmp_path / name / file)
+        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    outs = []
+    for at, workers in ((root, 1), (tmp_path, 3)):
+        recipe = {"merge_method": method, "base_model": str(root / "base"), "dtype": "float32", "parameters": said,
+                  "models": [{"model": str(at / n)} for n in "ab"]}  # fmt: skip
+        (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe).replace("'", ""))
+        merge(load(tmp_path / "r.yml"), tmp_path / f"out{workers}", workers=workers)
+        outs.append((tmp_path / f"out{workers}" / "model.safetensors").read_bytes())
+    assert outs[0] == outs[1]
+    for name, tensor in load_file(tmp_path / "out1" / "model.safetensors").items():
+        low, W = base[name].ravel(), np.stack([a[name].ravel(), b[name].ravel()])
+
+        def at_layer(v: Any, name: str = name) -> Any:
+            if v is BY_FILTER:
+                return "mlp" in name
+            return np.interp(far(name), [0, 0.5, 1], [float(x) for x in v]) if isinstance(v, list) else v
+
+        here = {k: at_layer(v) for k, v in said.items()}
+        given = {"weight": np.ones(2)} | {k: np.full(2, float(here.pop(k))) for k in ("density", "gamma") if k in here}
+        here = {k: float(v) if k == "eps" else v for k, v in here.items()}
+        on_base = method in ("nuslerp", "multislerp")
+        with np.errstate(all="ignore"):
+            want = merged.MERGINGS[method].oracle(W - low if on_base else W, low, given, tensor.shape, here)
+        np.testing.assert_allclose(tensor.double().numpy().ravel(), want + low if on_base else want, rtol=2e-5,
+                                   atol=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "why"),
+    [("nuslerp", "nuslerp_rowwise: true", "no parameter 'nuslerp_rowwise'. Did you mean 'nuslerp_row_wise'"),
+     ("ties", "filter_wise: true", "ties has no parameter 'filter_wise'"),
+     ("model_stock", "filterwise: true", "Did you mean 'filter_wise'"),
+     ("multislerp", "eps: -1e-8", "multislerp.eps must be at least 0, got '-1e-08'; 1e-8 is usual"),
+     ("multislerp", "eps: 1e-", "eps is '1e-'; a number")],
+)  # fmt: skip
+def test_lines_and_edges_that_cannot_be_meant(root: Path, tmp_path: Path, method: str, said: str, why: str) -> None:
+    (tmp_path / "r.yml").write_text(f"merge_method: {method}\nbase_model: {root}/base\nparameters: {{{said}}}\n"
+                                    f"models: [{{model: {root}/a}}, {{model: {root}/b}}]\n")  # fmt: skip
+    with pytest.raises(WrongUse, match=why):
+        merge(load(tmp_path / "r.yml"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_and_wholes_of_one_read(root: Path, tmp_path: Path) -> None:
+    """A sweep over an option that sets the pieces: each result is what a recipe of its own makes."""
+    for flatten, down in ((True, False), (False, False), (False, True)):
+        said = besides(root, "nuslerp", "ab", "base", weight=0.4, nuslerp_flatten=flatten, nuslerp_row_wise=down)
+        merge(parse(said), tmp_path / f"{flatten}{down}")
+    said = besides(root, "nuslerp", "ab", "base", weight=0.4)
+    swept = {"nuslerp_flatten": [True, False, False], "nuslerp_row_wise": [False, False, True]}
+    sweep(parse(said | {"sweep": swept}), tmp_path / "all", workers=2)
+    made = sorted((tmp_path / "all").glob("*/model.safetensors"))
+    ones = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("FalseFalse", "FalseTrue", "TrueFalse")]
+    assert len(made) == 3 and {m.read_bytes() for m in made} == set(ones) and len(set(ones)) == 3
 
 
 def test_the_method_that_is_not_there(root: Path, tmp_path: Path) -> None:

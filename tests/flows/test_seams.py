@@ -77,7 +77,8 @@ def test_a_base_of_other_weights_does_not_take_its_place(
         was = store.base
     other = make_base(tmp_path / "other", seed=5)
     assert command("init", own_fleet, "--base", other) == 2
-    assert "already is a fleet" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"already is a fleet, of the base {was.name!r}" in said and str(other) in said
     assert command("init", own_fleet, "--base", was.name) == 2
     with pytest.raises(BadInput, match=r"is a fleet of .* not of"):
         plures.Fleet(own_fleet, base=str(other))

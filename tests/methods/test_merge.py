@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from merged import MERGINGS, as_formula, models, run
-from plures.core.errors import BadInput
+from plures.core.errors import BadInput, WrongUse
 from plures.core.folder import options_of
 from plures.engine import merging
 from plures.merge import merges
@@ -94,6 +94,74 @@ def test_model_stock_by_hand(cosine: float, t: float) -> None:
     d[0, 0], d[1, :2] = 1, (cosine, (1 - cosine**2) ** 0.5)
     got = run("model_stock", {}, {}, base + d, base, (4,))
     np.testing.assert_allclose(got, base + t * d.mean(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(37, 29), (5, 4, 6), (29,), (), (9, 1), (1, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("nuslerp", {"nuslerp_flatten": False}), ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+     ("model_stock", {"filter_wise": True})],
+)  # fmt: skip
+def test_lines_of_tensors(name: str, options: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any number of axes, some not changed by one model or by both; to the byte in pieces of any length."""
+    n = int(np.prod(shape))
+    r = np.random.default_rng(n)
+    base, W = r.normal(size=n).astype(np.float32), r.normal(size=(2, n)).astype(np.float32)
+    if len(shape) > 1:
+        below, cubes = base.reshape(shape), W.reshape(2, *shape)
+        cubes[:, 1:3], cubes[0, -1:] = below[1:3], below[-1:]
+    on_base, given, low = name == "nuslerp", {"weight": [1.0, 3.0]}, base.astype(np.float64)
+    if on_base:
+        want = low + MERGINGS[name].oracle(W - low, low, given, shape, options)
+    else:
+        want = MERGINGS[name].oracle(W.astype(np.float64), low, given, shape, options)
+    got = run(name, options, given, W, base, shape, on_base=on_base)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    for chunk in (1, 7, 100):
+        monkeypatch.setattr(merging, "CHUNK", chunk)
+        np.testing.assert_array_equal(run(name, options, given, W, base, shape, on_base=on_base), got)
+
+
+def test_which_lines_are_meant() -> None:
+    """By hand: the first model is 1 everywhere, the second turned by a right angle in its first row alone."""
+    W = np.array([[1, 1, 1, 1], [1, -1, 1, 1]], np.float32)
+    half, given = 0.5**0.5, {"weight": [1.0, 1.0]}
+    by = [{}, {"nuslerp_row_wise": True}, {"nuslerp_flatten": False},
+          {"nuslerp_flatten": False, "nuslerp_row_wise": True}]  # fmt: skip
+    whole, ignored, rows, columns = (run("nuslerp", o, given, W, W[0], (2, 2)) for o in by)
+    np.testing.assert_allclose(rows, [2 * half, 0, 1, 1], atol=1e-6)  # sin 45 / sin 90, of each; equal rows stay
+    np.testing.assert_allclose(columns, [1, 0, 1, 2 * half], atol=1e-6)
+    np.testing.assert_allclose(whole, np.array([2, 0, 2, 2]) * 0.5 / 0.75**0.5, atol=1e-6)  # 30 and 60 degrees
+    np.testing.assert_array_equal(whole, ignored)
+
+
+def test_eps_of_multislerp_by_hand() -> None:
+    """Of lengths 1.2 and 0.4 at a right angle, with eps 0.4: directions count 3/4 and 1/2."""
+    W = np.array([[1.2, 0, 0], [0, 0.4, 0]], np.float32)
+    a, b = 0.375, 0.25
+    p = np.array([a, b, 0]) / np.hypot(a, b)
+    first, second = np.arccos(p[:2])
+    v = a * first * (np.array([1, 0, 0]) - p[0] * p) / np.sin(first)
+    v += b * second * (np.array([0, 1, 0]) - p[1] * p) / np.sin(second)
+    size = np.linalg.norm(v)
+    got = run("multislerp", {"eps": 0.4}, {}, W, W[0], (3,))
+    np.testing.assert_allclose(got, 0.8 * (np.cos(size) * p + np.sin(size) * v / size), atol=1e-6)
+    for eps, mean in ((0.4, False), (0.5, True)):  # |u| is 0.45 and 0.42
+        plain = np.allclose(run("multislerp", {"eps": eps}, {}, W, W[0], (3,)), W.mean(0), atol=1e-6)
+        assert plain is mean
+    with pytest.raises(WrongUse, match=r"multislerp\.eps must be at least 0, got '-1e-09'; 1e-8 is usual"):
+        merges.make("multislerp", eps=-1e-9)
+
+
+@pytest.mark.parametrize(("density", "gamma", "kept"), [
+    (0.5, 0.2, [7, 6, 5, 4, 3]), (0.5, 0.5, [4, 3, 2, 1, 0]), (0.5, 0.9, [4, 3, 2, 1, 0]), (0.8, 0.3, range(8)),
+    (0.9, 0.1, range(9)), (0.99, 0.5, range(9)), (1.0, 0.5, range(10)), (0.0, 1.0, []), (0.0, 0.0, [])])  # fmt: skip
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_density_counts_where_gamma_is_too_much(scope: str, density: float, gamma: float, kept: list[int]) -> None:
+    """By hand, of the differences 1 to 10: mergekit's magnitude_outliers keeps the same."""
+    base, said = np.zeros(10, np.float32), {"density": [density], "gamma": [gamma], "weight": [1.0]}
+    got = run("breadcrumbs", {"scope": scope}, said, np.arange(1, 11, dtype=np.float32)[None], base, (10,))
+    np.testing.assert_array_equal(got, [i + 1 if i in kept else 0 for i in range(10)])
 
 
 def test_sce_selects_among_the_places_that_vary() -> None:

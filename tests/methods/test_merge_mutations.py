@@ -27,6 +27,7 @@ from plures.tensors.weights import Planned, Weights, folder
 Mutant = tuple[str, str, str]
 """The function (module and name), a piece of its source that is there once, and what takes its place."""
 DELTAS, LARGEST, SPHERE = "plures.tensors.deltas", "plures.tensors.largest", "plures.tensors.sphere"
+BY_LINE = "plures.tensors.lines"
 MORE: Mutant = (f"{DELTAS}:count", "np.round(density * n, 9))", "np.round(density * n, 9)) + 1")
 LESS: Mutant = (f"{DELTAS}:count", "np.floor(np.round(density * n, 9))", "np.floor(np.maximum(density * n - 1, 0))")
 EQUAL: Mutant = (f"{LARGEST}:take", "np.greater(b, edge", "np.greater_equal(b, edge")
@@ -41,12 +42,14 @@ KEPT: Mutant = (f"{DELTAS}:drop", "zip(deltas, density,", "zip(deltas, np.roll(d
 OTHERS: Mutant = (f"{DELTAS}:drop", "row /= keep", "row /= 1 - keep")
 RANK: Mutant = (f"{DELTAS}:drop_by_rank", "more * rank", "more * (rank + 1)")
 WIDTH: Mutant = (f"{DELTAS}:drop_by_rank", "max(width - 1, 1)", "width")
-UNCUT: Mutant = (f"{DELTAS}:_crumb_edges", "np.minimum(top + count(shape, density)", "np.minimum(count(shape, density)")
+UNCUT: Mutant = (f"{DELTAS}:_crumb_edges", "return top, top + stay", "return top, stay")
+CLAMPED: Mutant = (f"{DELTAS}:_crumb_edges", "np.int64) - stay)", "np.int64) - stay - 1).clip(0)")
 LINES: Mutant = (f"{DELTAS}:crumbs_by_row", "width - int(low),", "width - int(low) + 1,")
 LINE: Mutant = (f"{DELTAS}:crumbs_by_row", "<= edges", "< edges")
 LINED: Mutant = (f"{DELTAS}:crumbs_by_row", ")[::-1]", ")")
 REACHED: Mutant = (f"{DELTAS}:changed", "> np.float32", ">= np.float32")
-CRUMBS = [*TOP, SHIFTED, UNCUT, LINES, LINE, LINED]
+CRUMBS = [*TOP, SHIFTED, UNCUT, CLAMPED, LINES, LINE, LINED]
+ROWS: Mutant = ("plures.merge:row", "shape[-1]", "shape[0]")
 ELECTED: Mutant = (f"{DELTAS}:agree", "zip(weights, deltas, strict", "zip(np.roll(weights, 1), deltas, strict")
 
 
@@ -72,12 +75,23 @@ MUTANTS: dict[str, list[Mutant]] = {
         (f"{SPHERE}:arc", "np.array([np.sin((1 - t)", "np.array([np.sin((1 + t)"),
         own("slerp", "scan", "products(part.values)", "products(part.values[:, 1:])"),
     ],
-    "nuslerp": [own("nuslerp", "settle", "weight[1]", "weight[0]"), SHIFTED],
+    "nuslerp": [
+        own("nuslerp", "settle", "weight[1]", "weight[0]"), SHIFTED, ROWS,
+        own("nuslerp", "scan", "products(vectors)}", "products(vectors[:, 1:])}"),
+        (f"{BY_LINE}:columns", "shape[1:]", "shape[:1]"),
+        (f"{BY_LINE}:line_products", "values[j].reshape", "np.roll(values[j], 1).reshape"),
+        (f"{BY_LINE}:line_mixed", "w if down", "np.roll(w, 1) if down"),
+        (f"{BY_LINE}:line_mixed", "w[:, None]", "np.roll(w, 1)[:, None]"),
+    ],
     "multislerp": [SHIFTED, (f"{SPHERE}:around", "range(steps)", "range(steps + 1)"),
-                   (f"{SPHERE}:around", "range(steps)", "range(steps - 1)")],
+                   (f"{SPHERE}:around", "range(steps)", "range(steps - 1)"),
+                   (f"{SPHERE}:around", "lengths + eps", "lengths + 2 * eps"),
+                   (f"{SPHERE}:around", "move = counts * scale", "move = weights * scale")],
     "karcher": [SHIFTED, (f"{SPHERE}:around", "range(steps)", "range(1)")],
     "model_stock": [own("model_stock", "settle", "(m - 1) * cosine", "m * cosine"),
-                    own("model_stock", "settle", "np.triu_indices(m, 1)", "np.triu_indices(m, 0)")],
+                    own("model_stock", "settle", "np.triu_indices(m, 1)", "np.triu_indices(m, 0)"),
+                    own("model_stock", "apply", "t[:, None]", "np.roll(t, 1)[:, None]"), ROWS,
+                    own("model_stock", "apply", "line_products(deltas", "line_products(np.roll(deltas, 1, 1)")],
     "nearswap": [own("nearswap", "apply", "-self.t, self.t", "-self.t, 0"),
                  own("nearswap", "apply", "part.deltas()[0]", "np.roll(part.deltas()[0], 1)")],
     "passthrough": [own("passthrough", "apply", "part.values[0]", "np.roll(part.values[0], 1)"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from plures.core.errors import WrongUse
 from plures.core.folder import options_of
 from plures.route import combined, make, routes
+from plures.route.posterior import Posterior
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "drm_authors.json"
 
@@ -119,6 +120,7 @@ def test_posterior_is_bayes_rule(prior: str) -> None:
     np.testing.assert_allclose(combined(route, said, read).numpy(), mixed, rtol=1e-9)
     alone = routes.make("posterior", prior=prior, surest=True).weigh(said, read).numpy()
     np.testing.assert_array_equal(alone, (want == want.max(0)).astype(float))
+    assert [Posterior(prior).surest_of(column.tolist()) for column in read.T] == want.argmax(0).tolist()
 
 
 def test_posterior_bears_texts_that_are_very_unlikely() -> None:
@@ -126,6 +128,7 @@ def test_posterior_bears_texts_that_are_very_unlikely() -> None:
     for read, want in (((-9000.0, -9001.0), 1 / (1 + np.exp(-1))), ((-9000.0, -20000.0), 1.0)):
         got = routes.make("posterior").weigh(said.unsqueeze(1), torch.tensor(read).double().unsqueeze(1))
         assert float(got[0, 0]) == pytest.approx(want)
+        assert Posterior().surest_of(read) == 0 and Posterior("1e-9,1").surest_of(read) == int(want < 0.9)
 
 
 @pytest.mark.parametrize("prior", ["a,b", "0.5,0", "0.5,-1", "0.5,,0.5", "nan,1", "inf,1"])
@@ -138,6 +141,8 @@ def test_posterior_refuses_a_prior_of_other_members() -> None:
     said = predictions(3, 4)
     with pytest.raises(WrongUse, match="is of 2 members, and 3 answer together"):
         routes.make("posterior", prior="0.5,0.5").weigh(said, past(said))
+    with pytest.raises(WrongUse, match="is of 2 members, and 3 answer together"):
+        Posterior("0.5,0.5").surest_of([0.0, 0.0, 0.0])
 
 
 def test_a_route_is_made_of_one_text() -> None:

@@ -19,6 +19,8 @@ def command(
     from plures.flows.fleet import Fleet
 
     with Fleet(fleet_path(fleet)) as opened:
+        if ref != "base":
+            opened.store.resolve(ref)  # a wrong name is told before anything is loaded
         template = opened.session().base.tokenizer.chat_template
         said: list[dict[str, str]] = []
         while True:

@@ -35,4 +35,4 @@ def command(
                f"{100 * done.worst:.2g} % at {done.worst_site or 'no site'}")  # fmt: skip
     if done.others:
         kept = {"keep": "kept whole", "drop": "their change is left out"}[rest]
-        typer.echo(f"{len(done.others)} other parameters changed: {kept}")
+        typer.echo(f"{len(done.others)} other parameter{'s' * (len(done.others) > 1)} changed: {kept}")

@@ -146,7 +146,7 @@ def _published(recipe: str, fleet: str, name: str, rank: int, rest: Rest, seed: 
                    f"{100 * done.worst:.2g} % at {done.worst_site or 'no site'}")  # fmt: skip
         if done.others:
             kept = {"keep": "kept whole", "drop": "their change is left out"}[rest]
-            typer.echo(f"{len(done.others)} other parameters changed: {kept}")
+            typer.echo(f"{len(done.others)} other parameter{'s' * (len(done.others) > 1)} changed: {kept}")
 
 
 def _sums(what: list[str], fleet: str, name: str, rank: int, many: int, plan: bool, json: bool) -> None:

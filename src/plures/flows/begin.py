@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from plures.core.errors import WrongUse
 from plures.engine.model import reference
 from plures.store import Store
 from plures.tensors.variant import BaseRef
@@ -32,5 +33,8 @@ def begin(path: str | Path, base: str, revision: str = "") -> Begun:
             if was.hash == ref.hash and was != ref:
                 store.move_base(ref)
                 return Begun(ref, was)
+            if was.hash != ref.hash:
+                raise WrongUse(f"{str(path)!r} already is a fleet, of the base {was.name!r}, whose weights are others "
+                               f"than those of {base!r}; give another folder")  # fmt: skip
     Store.create(path, ref).close()
     return Begun(ref)

@@ -38,7 +38,6 @@ TOKENIZER = ("generation_config.json", "chat_template.jinja", "chat_template.jso
 WORDS = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "vocab.txt")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 NO_MEANING = ("int8_mask",)  # parameters of mergekit that save memory there
-OFF = ("filter_wise", "nuslerp_row_wise")  # ways of mergekit that are not there: only false may be said of them
 
 
 @dataclass(frozen=True)
@@ -213,8 +212,7 @@ def _said(recipe: Recipe, kind: Any, name: str, t: float, models: list[Model],
     for where, said in (("parameters", recipe.parameters), ("a slice's parameters", more),
                         *((f"parameters of {m.name}", m.parameters) for m in models)):  # fmt: skip
         for key in said:
-            off = key in OFF and said[key] is False
-            if key not in known and key not in kind.of_model and key not in NO_MEANING and not off:
+            if key not in known and key not in kind.of_model and key not in NO_MEANING:
                 names = [*known, *kind.of_model]
                 raise WrongUse(f"{where}: {recipe.method} has no parameter {key!r}.{nearest(key, names)} There are: "
                                f"{', '.join(names) or 'none'}")  # fmt: skip

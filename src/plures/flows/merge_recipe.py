@@ -18,6 +18,7 @@ _TOP = ("merge_method", "models", "slices", "base_model", "parameters", "dtype",
 FLEET = "::"
 """Between a fleet's folder and a variant of it: `acme.fleet::support@3`."""
 MOST_PARTS, DEEPEST = 100_000, 50  # of a recipe's YAML, what an alias stands for counted each time
+_POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", re.ASCII)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
 
 
@@ -316,6 +317,7 @@ def moved(name: str, layer: int) -> str:
 def value(said: Any, name: str, t: float, where: str) -> float:
     """A parameter for a tensor: a number; a list of numbers along the layers (t in [0, 1]); or a list of values by
     filters, parts of tensors' names, of which the first that fits counts. Raises: WrongUse."""
+    said = [_number(v) for v in said] if isinstance(said, list) else _number(said)
     if isinstance(said, bool):
         return float(said)
     if isinstance(said, int | float):
@@ -328,6 +330,11 @@ def value(said: Any, name: str, t: float, where: str) -> float:
     if isinstance(said, list) and said and all(isinstance(v, dict) for v in said):
         return value(_fitting(said, name, where), name, t, where)
     raise WrongUse(f"{where} is {said!r}; a number, a list of numbers along the layers, or values by filter are meant")
+
+
+def _number(said: Any) -> Any:
+    """`1e-8` as the number that is meant, which YAML 1.1 takes for a word; all else as it is."""
+    return float(said) if isinstance(said, str) and _POWER.fullmatch(said) else said
 
 
 def word(said: Any, name: str, where: str) -> str:

@@ -46,8 +46,9 @@ class Plan:
         loaded = "the tokenizer alone is loaded"
         if self.base_bytes:
             back = ", once with its gradient" if self.backward else ""
+            often = "once" if self.runs == 1 else f"{self.runs} times"
             loaded = (f"{', '.join(self.variants)} loaded on a base of {self.base_parameters:,} numbers, "
-                      f"{si_bytes(self.base_bytes)}; each row is run through {self.runs} times{back}")  # fmt: skip
+                      f"{si_bytes(self.base_bytes)}; each row is run through {often}{back}")  # fmt: skip
         done = f" ({self.done:,} are done)" if self.done else ""
         return [f"{self.rows:,} rows{done} get {', '.join(self.columns)}", loaded,
                 f"all rows go to {self.out}", f"{self.tokens:,} tokens, {Cost(self.seconds, self.timed).line()}",

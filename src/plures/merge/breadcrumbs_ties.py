@@ -35,12 +35,13 @@ class BreadcrumbsTies:
         scope: whether differences are ranked over the whole tensor, or in each row (the last axis) by itself.
 
     Per model: weight, density, gamma.
-    Raises: WrongUse where density and gamma are more than all there is, and for another scope.
+    Raises: WrongUse for another scope.
     Paper: from the authors' code; the text was not read. The election by sign, where it is, is TIES'.
     Departs from the paper: its code (github.com/rezazzr/breadcrumbs, src/task_vectors.py) ranks each row by itself,
         which is scope row; the tensor is ranked as one unless that is asked for, as in mergekit. Models have weights.
-        A share of a row is rounded down to whole numbers, so that narrow rows may lose all. Differs from mergekit:
-        with density 1, which is the default there too, mergekit keeps all, and gamma has no effect.
+        A share of a row is rounded down to whole numbers, so that narrow rows may lose all. Where density and gamma
+        are more than 1, density counts, as in mergekit: of the largest only 1 - density go, and with density 1, the
+        default, none.
     """
 
     lambda_: float = 1.0

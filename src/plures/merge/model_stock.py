@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from plures.core.folder import method
-from plures.merge import ANY, Part, Stats, one
+from plures.merge import ANY, Part, Stats, one, row
 from plures.tensors.deltas import products
+from plures.tensors.lines import line_products
 
 Array = np.ndarray[Any, Any]
 
@@ -28,39 +29,58 @@ class ModelStock:
 
         t = N cos w / (1 + (N - 1) cos w),   W = t mean_i W_i + (1 - t) W_base
 
-    with cos w the mean cosine of the pairs of differences, tensor by tensor.
+    with cos w the mean cosine of the pairs of differences, tensor by tensor or row by row.
 
-    Options: none.
+    Options:
+        filter_wise: whether each row (the last axis: what one output is computed with) has an angle of its own; a
+            tensor of one axis is one row.
 
     Per model: none.
     Paper: the ratio for N models, from memory; the text was not read.
     Departs from the paper: cosines of more than two models are averaged, as in mergekit. Where differences point
         against each other t is below 0, as the formula says; where its denominator is not above 1e-6 the base stays.
         Differs from mergekit, which takes the product of two differences' lengths as at least 1e-6: where both are
-        shorter than 1e-3, as those of norms may be, its cosine is too small, and its result nearer to the base.
+        shorter than 1e-3, as those of norms or of single rows may be, its cosine is too small, and its result nearer to
+        the base.
     """
 
+    filter_wise: bool = False
     base: ClassVar[bool] = True
     takes: ClassVar[tuple[int, int]] = (2, ANY[1])
     of_model: ClassVar[Mapping[str, float]] = {}
-    passes: ClassVar[int] = 1
     measures: ClassVar[bool] = True
-    unit = staticmethod(one)
+
+    @property
+    def passes(self) -> int:
+        """One for the angles of the whole tensor; rows need none."""
+        return 0 if self.filter_wise else 1
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """A row where rows are looked at by themselves."""
+        return row(shape) if self.filter_wise else one(shape)
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
         """Inner products of the differences."""
         return {"products": products(part.deltas())}
 
     def settle(self, told: Stats, part: Part, before: list[Stats]) -> Stats:
-        """How far the mean goes."""
-        m = len(part.models)
-        lengths = np.sqrt(np.diag(told["products"]))
-        cosines = told["products"] / np.maximum(np.outer(lengths, lengths), 1e-30)
-        cosine = float(cosines[np.triu_indices(m, 1)].mean())
+        """How far the mean goes: one number, or `[rows]`."""
+        m, found = len(part.models), told["products"]
+        lengths = np.sqrt(np.einsum("ii...->i...", found))
+        cosines = found / np.maximum(lengths[:, None] * lengths, 1e-30)
+        cosine = cosines[np.triu_indices(m, 1)].mean(0)
         below = 1 + (m - 1) * cosine
-        return {"t": np.array(m * cosine / below if below > 1e-6 else 0.0)}
+        return {"t": np.where(below > 1e-6, m * cosine / np.where(below > 1e-6, below, 1), 0.0)}
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:
         """The base and so much of the mean difference."""
         assert part.base is not None
-        return np.asarray(part.base + stats[-1]["t"] * part.deltas().mean(0, dtype=np.float64))
+        deltas = part.deltas()
+        mean = deltas.mean(0, dtype=np.float64)
+        if self.filter_wise:
+            width = row(part.shape)
+            t = self.settle({"products": line_products(deltas, width, down=False)}, part, [])["t"]
+            mean.reshape(-1, width)[:] *= t[:, None]
+        else:
+            mean *= stats[-1]["t"]
+        return np.asarray(part.base + mean)

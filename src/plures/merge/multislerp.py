@@ -34,23 +34,32 @@ class Multislerp:
 
     Options:
         normalize_weights: whether the length, too, is by weights that sum to 1; the direction always is.
+        eps: what a length is lengthened by before a vector is divided by it: x_i / (|x_i| + eps), so that models not
+            further than that count less for the direction; where |u| is below it, W is sum_i w_i x_i.
 
     Per model: weight.
-    Raises: WrongUse for weights that do not sum to more than 0.
+    Raises: WrongUse for weights that do not sum to more than 0, and an eps below 0.
     Paper: doi:10.1145/502122.502124. From memory; the form for weights is mergekit's, whose documentation was read.
     Departs from the paper: one step of the iteration of the paper. Differs from mergekit: there log_p(x) is
         x - (x p) p, whose weighted sum is 0, so that its result is p sum_i w_i |x_i|, and of two models no slerp. Of
         variants of one base the two are apart by 1e-4 of the largest number, of models at wide angles by 2e-2.
-        Tensors that no model has changed are the base's; mergekit ends with an error there.
+        Tensors that no model has changed are the base's, and a |u| below 1e-8 is 0 whatever eps; of more than two
+        models mergekit ends with an error there. It lengthens the step, too, by eps, which makes its result shorter, by
+        cos(eps).
     """
 
     normalize_weights: bool = True
+    eps: float = 1e-8
     base: ClassVar[bool | None] = None
     takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 1
     measures: ClassVar[bool] = True
     unit = staticmethod(one)
+
+    def __post_init__(self) -> None:
+        if self.eps < 0:
+            raise WrongUse(f"multislerp.eps must be at least 0, got '{self.eps}'; 1e-8 is usual")
 
     def scan(self, part: Part, before: list[Stats]) -> Stats:
         """Inner products."""
@@ -62,7 +71,7 @@ class Multislerp:
         if not weight.sum() > 0:
             raise WrongUse(f"multislerp.weight must have a sum above 0, got {weight.tolist()}")
         long = 1.0 if self.normalize_weights else weight.sum()
-        return {"weights": long * around(told["products"], weight / weight.sum())}
+        return {"weights": long * around(told["products"], weight / weight.sum(), eps=self.eps)}
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:
         """That sum."""

@@ -129,21 +129,18 @@ def drop_by_rank(deltas: Array, density: Array, epsilon: Array, rescale: bool, w
 
 
 def crumbs_settle(told: Stats, shape: tuple[int, ...], density: Array, gamma: Array, before: list[Stats]) -> Stats:
-    """Where Breadcrumbs cut above (gamma of the largest) and below (density of the next): `[2 m]`, first all above.
-
-    Raises: WrongUse where both are more than all differences.
-    """
+    """Where Breadcrumbs cut above (gamma of the largest) and below (density of the next): `[2 m]`, first all above."""
     return top_settle(told, np.concatenate(_crumb_edges(shape, density, gamma)), before)
 
 
 def _crumb_edges(shape: tuple[int, ...], density: Array, gamma: Array) -> tuple[Array, Array]:
-    """How many of the largest go, and how many largest the others that stay end at, int64 `[m]` each."""
-    if (odd := np.flatnonzero((density + gamma > 1 + 1e-9) & (density < 1))).size:
-        i = odd[0]
-        raise WrongUse(f"density '{density[i]:g}' and gamma '{gamma[i]:g}' are more than all there is: let their sum "
-                       "be at most 1")  # fmt: skip
-    top = count(shape, gamma)
-    return top, np.minimum(top + count(shape, density), np.prod(shape, dtype=np.int64))
+    """How many of the largest go, and how many largest the others that stay end at, int64 `[m]` each.
+
+    Where both shares are more than all there is, so many fewer of the largest go that `density` stays, as in mergekit.
+    """
+    stay = count(shape, density)
+    top = np.minimum(count(shape, gamma), np.prod(shape, dtype=np.int64) - stay)
+    return top, top + stay
 
 
 def crumbs(deltas: Array, stats: Stats) -> None:
@@ -153,10 +150,7 @@ def crumbs(deltas: Array, stats: Stats) -> None:
 
 
 def crumbs_by_row(deltas: Array, width: int, density: Array, gamma: Array) -> None:
-    """Breadcrumbs, in place, each line of `width` by itself; of equal numbers the earlier are the larger.
-
-    Raises: WrongUse where density and gamma are more than all differences.
-    """
+    """Breadcrumbs, in place, each line of `width` by itself; of equal numbers the earlier are the larger."""
     earlier = np.arange(width, dtype=np.uint64)[::-1]
     for row, top, low in zip(deltas, *_crumb_edges((width,), density, gamma), strict=True):
         lines = row.reshape(-1, width)
