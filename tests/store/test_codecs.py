@@ -71,6 +71,23 @@ def test_at_most_a_few_codecs_are_kept() -> None:
     assert [i for i, v in enumerate(made) if codecs.find(v.manifest(), str(i))] == [2, 3, 4, 5]
 
 
+def test_variants_of_one_pack_have_one_codec_at_whatever_error_they_are() -> None:
+    codecs, (was, whole) = Codecs(), packed(0)
+    shared, factors = whole.pool[GROUP]["shared"], {n: (t["B"], t["A"]) for n, t in was.own.items()}
+    first = codecs.make(whole.manifest(), "x", shared)
+    for error in (0.3, 0.1, 0.02):
+        method: Any = packs.make("klt", error=error)
+        code = method.codec(SITES, safe.from_bytes(shared.numpy().tobytes())).encode(factors)
+        other = Variant(METHOD, {"packer": "klt", "options": asdict(method)}, BASE, SITES, whole.group_of, {},
+                        {GROUP: {"code": code, "shared": shared}})  # fmt: skip
+        assert codecs.find(other.manifest(), "x") is first
+        by_its_own = unpack.codec_of(other.manifest(), shared)
+        assert as_plain(other, first).identity() == as_plain(other, by_its_own).identity()
+    wider: Any = packs.make("klt", error=0.05, even=0.0)
+    told = whole.manifest() | {"options": {"packer": "klt", "options": asdict(wider)}}
+    assert codecs.find(told, "x") is None
+
+
 def test_a_packed_variant_without_what_it_shares_is_one_line(tmp_path: Path) -> None:
     _, whole = packed(0)
     torn = Variant(whole.method, whole.options, BASE, SITES, whole.group_of, {},

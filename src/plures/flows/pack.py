@@ -19,7 +19,7 @@ from plures.flows.pack_report import AS_IS, Compared, Line, Packed, Plan
 from plures.flows.pack_score import Scorer
 from plures.flows.pack_search import FINEST, coarsest, share
 from plures.flows.recipes import PackRecipe
-from plures.pack import Codec, Factors, Packer, packs
+from plures.pack import ENCODING, Codec, Factors, Packer, packs
 from plures.pack._metric import LEAVES, Measured, codec, finer, fit, metric
 from plures.store import Store, Version
 from plures.store.unpack import GROUP, METHOD, as_plain
@@ -165,7 +165,7 @@ def _shared(into: Store, name: str, options: Mapping[str, Any]) -> tuple[_Shared
     if not every:
         return None, []
     last = max(every, key=lambda v: v.created)
-    asked, had = ({k: v for k, v in o.items() if k not in ("error", "expect")} for o in
+    asked, had = ({k: v for k, v in o.items() if k not in ENCODING} for o in
                   (_options(packs.make(name, **options)), last.options["options"]))  # fmt: skip
     if asked != had:
         odd = next(k for k in asked if asked[k] != had.get(k))

@@ -20,6 +20,7 @@ Factors: TypeAlias = "Mapping[str, tuple[Tensor, Tensor]]"
 Fleet: TypeAlias = Callable[[], Iterable[Factors]]
 """Goes over a fleet's variants, from the first, as often as it is called."""
 packs = Folder("plures.pack", "pack")
+ENCODING = frozenset({"error", "expect"})  # options that decoding does not depend on
 
 
 class Codec(Protocol):

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from plures.core.errors import BadInput, PluresError
-from plures.pack import Codec, packs
+from plures.pack import ENCODING, Codec, packs
 from plures.tensors import safe
 from plures.tensors.site import Site
 from plures.tensors.variant import Variant, plain_lora
@@ -78,4 +78,7 @@ def as_plain(packed: Variant, coder: Codec) -> Variant:
 
 
 def _said(manifest: Mapping[str, Any]) -> str:
-    return json.dumps([manifest["options"], manifest["sites"]], sort_keys=True)
+    """What a codec is made of besides what is shared: one for all variants of a pack, at whatever error they are."""
+    said = manifest["options"]
+    decoding = {k: v for k, v in said["options"].items() if k not in ENCODING}
+    return json.dumps([said["packer"], decoding, manifest["sites"]], sort_keys=True)
