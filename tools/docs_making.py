@@ -123,7 +123,8 @@ def merge_speed(said: dict[str, Any], brief: bool) -> str:
     sizes = "; ".join(f"{k}: {v['peak_mb']:.0f} MB, {v['wall_s']:.1f} s" for k, v in said["sizes"].items())
     return (
         f"Two models of {said['bytes'] / 1e6:.0f} MB (and a base) merged, whole processes, ours with two threads on "
-        "two cores, mergekit 0.1.5 computing in float32 with one (more made it slower). `cp` of one model takes "
+        "two cores, mergekit 0.1.5 computing in float32 with one (more made it slower); of both the median of three. "
+        "`cp` of one model takes "
         f"{said['cp']['wall_s']:.2f} s.\n\n{table(head, rows)}\n\nOther sizes: {sizes}. What dare drops is random "
         "in both, and mergekit scales what stays otherwise; ties and slerp differ in last bits and in which of equal "
         "numbers stay."
