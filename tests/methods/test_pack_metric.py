@@ -65,6 +65,15 @@ def test_of_few_rows_no_direction_is_worth_its_bits() -> None:
     assert torch.allclose(warp.there(rows).square().sum(1).double(), want.expand(40), rtol=1e-4)
 
 
+def test_directions_that_few_rows_do_not_measure_are_not_free() -> None:
+    few = torch.randn(3, 200, generator=torch.Generator().manual_seed(2))
+    warp = warp_of(few.T @ few, MANY)  # of rank 3 of 200: less than the twentieth that is not usual
+    Q = torch.linalg.qr(few.T, mode="complete").Q.T
+    sizes = warp.there(Q).square().sum(1)
+    assert sizes[3:].max() / sizes[3:].min() < 1.05  # alike, and at a fifth of those that were measured
+    assert 0.1 < sizes[3:].mean() / sizes[:3].mean() < 0.3
+
+
 @pytest.mark.parametrize("rows", [1.0, 200.0, 1000.0, 1e5])
 def test_as_many_directions_are_kept_as_cost_least(rows: float) -> None:
     sizes = np.exp(-np.arange(30) / 3.0) + 0.02

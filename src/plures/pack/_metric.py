@@ -74,11 +74,6 @@ class Metric:
         return {n: (self._of[n][0].back(B.T).T.contiguous(), self._of[n][1].back(A)) for n, (B, A) in factors.items()}
 
 
-def metric_of(sites: Sequence[Site], shared: Mapping[str, Tensor]) -> Metric | None:
-    """The metric that is among what a fleet shares. Raises: BadInput for a damaged one."""
-    return Metric(sites, shared) if LEAVES[0] in shared else None
-
-
 def fit(packer: Packer, fleet: Fleet, sites: Sequence[Site], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What all variants share, by leaf: the packer's, fitted in the metric of `leaves`, and those; {}: no metric."""
     if not leaves:
@@ -92,9 +87,8 @@ def codec(packer: Packer, sites: Sequence[Site], shared: Mapping[str, Tensor]) -
 
     Raises: BadInput where what is shared is not of these sites.
     """
-    to = metric_of(sites, shared)
     made = packer.codec(sites, {k: v for k, v in shared.items() if k not in LEAVES})
-    return made if to is None else Measured(made, to)
+    return Measured(made, Metric(sites, shared)) if LEAVES[0] in shared else made
 
 
 def finer(codec: Codec, packer: Packer) -> Codec:

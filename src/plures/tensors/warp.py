@@ -13,6 +13,7 @@ from plures.tensors.turn import Turn, narrowed
 Array = np.ndarray[Any, Any]
 DAMPING = 0.25  # of the usual size of a direction is added to all: none may be lost for free
 USUAL = 0.95  # of the directions, the smaller ones, are usual; a few are often hundreds of times as large
+SEEN = 1e-6  # of the largest: below it an eigenvalue is of rounding, and the direction was not measured
 WEIGHT_BITS = 48  # of one direction: its size in float32 and its scale in float16
 
 
@@ -42,16 +43,16 @@ def weighed(moment: Tensor, rows: float) -> tuple[Tensor, Tensor, Tensor]:
 
     A direction is kept where it saves more bits over all `rows` of that width than it costs: at one mean squared error
     a number whose error weighs `m` takes `log2(m) / 2` bits more, and for directions that are not kept one mean weight
-    stands. The second moment is damped by a quarter of what is usual in it. One of zeros, of which nothing was
-    measured, weighs all alike.
+    stands. The second moment is damped by a quarter of what is usual among the directions that it has measured, so that
+    those of which a few rows say nothing do not come out as free. One of zeros weighs all alike.
     """
     width = len(moment)
     values, vectors = torch.linalg.eigh(moment)
     size = values.flip(0).clamp_min(0).double().numpy()
-    usual = size[width - max(1, round(USUAL * width)) :].mean() or size.mean()
-    if not usual > 0:
+    seen = size[size > SEEN * size[0]]
+    if not len(seen):
         return torch.zeros(0, width, dtype=torch.int8), torch.zeros(0, dtype=torch.float16), torch.ones(1)
-    size = size + DAMPING * usual
+    size = size + DAMPING * seen[len(seen) - max(1, round(USUAL * len(seen))) :].mean()
     k, rest = kept(size, rows)
     whole, scale = narrowed(vectors.flip(1).T[:k])
     return whole, scale, torch.from_numpy(np.sqrt(np.append(size[:k], rest))).float()
