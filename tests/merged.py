@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -228,12 +228,16 @@ def sce(W: Any, base: Any, g: Any, shape: Any, o: Any) -> Array:
     return np.asarray(base + out)
 
 
+@cache
+def block(model: int, n: int) -> list[int]:
+    """What SFC64 draws for the elements of block `n` of a model's tensor."""
+    return list(map(int, np.random.SFC64([stream(0, "merge", "a.weight", f"m{model}"), n]).random_raw(1 << 15)))
+
+
 def drawn(model: int, place: int) -> float:
-    """The number in [0, 1) of a model and a place: splitmix64, in whole numbers."""
-    z = (place * 0x9E3779B97F4A7C15 + stream(0, "merge", "a.weight", f"m{model}")) % 2**64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    return ((z ^ z >> 31) >> 11) / 2**53
+    """The number in [0, 1) of a model and a place: the lower, then the upper half of each whole number of its block."""
+    n, at = divmod(place, 1 << 16)
+    return (block(model, n)[at // 2] >> 32 * (at % 2) & 0xFFFFFFFF) / 2**32
 
 
 def dare(W: Any, base: Any, g: Any) -> Array:

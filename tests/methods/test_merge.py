@@ -14,7 +14,7 @@ from plures.core.folder import options_of
 from plures.engine import merging
 from plures.merge import merges
 from plures.tensors import largest
-from plures.tensors.deltas import top_scan, top_settle, uniform
+from plures.tensors.deltas import drawn, top_scan, top_settle
 
 CASES = [(n, o, g) for n, row in MERGINGS.items() for o, g in ((row.options, row.given), *row.variants)]
 every = pytest.mark.parametrize(("name", "options", "given"), CASES,
@@ -190,6 +190,28 @@ def test_what_is_no_number_is_told(name: str, bad: float) -> None:
             run(name, row.options, row.given, W, base, on_base=on_base)
 
 
+SHOWING = [n for n in sorted(merges) if getattr(merges.make(n), "shows", False)]
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_what_is_no_number_shows_however_little_of_a_model_is_taken(name: str) -> None:
+    """Nobody looks at the models of these methods but where the result is no number: none may be lost on the way."""
+    W, base = models(2)
+    W[1][700] = np.inf
+    given = {"weight": [1.0, 0.0]} | ({"density": [0.5, 0.0]} if "density" in merges.make(name).of_model else {})
+    with pytest.raises(BadInput, match=r"'m1': 'a\.weight' has inf at element 700; mend"):
+        run(name, {}, given, W, base)
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_a_sum_that_overflows_is_written_as_it_is(name: str) -> None:
+    W, base = np.full((2, 8), 3e38, np.float32), np.zeros(8, np.float32)
+    W[:, 5:] = 1
+    with np.errstate(over="ignore"):
+        got = run(name, {"normalize": False}, {"weight": [1.0, 1.0]}, W, base, (8,))
+    assert np.isinf(got[:5]).all() and (got[5:] == 2).all()
+
+
 @pytest.mark.parametrize("name", sorted(merges))
 def test_options_have_help(name: str) -> None:
     made = merges.make(name)
@@ -217,8 +239,11 @@ def test_what_is_dropped_at_random(name: str) -> None:
         assert abs(kept.reshape(shape)[high].mean() - p[high].mean()) < 0.015
     assert np.array_equal(got, run(name, {}, {"density": [0.4]}, W, base, shape))
     assert not np.array_equal(got, run(name, {}, {"density": [0.4]}, W, base, shape, seed=1))
-    whole = uniform(0, "a", "m", 0, 1000)
-    assert np.array_equal(uniform(0, "a", "m", 300, 50), whole[300:350]) and abs(whole.mean() - 0.5) < 0.05
+    whole = drawn(0, "a", "m", 0, 200_001)
+    assert whole.dtype == np.uint32 and abs(whole.mean() / 2**32 - 0.5) < 0.005
+    for start, n in ((301, 50), (65_530, 20), (65_536, 3), (131_071, 68_930)):  # odd, over the end of a block, at one
+        assert np.array_equal(drawn(0, "a", "m", start, n), whole[start : start + n])
+    assert not np.array_equal(drawn(0, "a", "n", 0, 50), whole[:50])
 
 
 def test_the_largest_are_exact_with_equal_numbers() -> None:

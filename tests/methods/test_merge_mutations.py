@@ -37,7 +37,7 @@ TOP = [MORE, LESS, EQUAL, LATER, BIN]
 SHIFTED: Mutant = (f"{DELTAS}:given", "of[name]", "np.roll(of[name], 1)")
 OVER: Mutant = (f"{DELTAS}:mixed", "weights.sum()", "weights[1:].sum()")
 SHARES: Mutant = (f"{DELTAS}:mixed", "shares[:] = 0", "shares[:] = 1")
-PLACE: Mutant = (f"{DELTAS}:uniform", "np.arange(start, start + n", "np.arange(start + 1, start + n + 1")
+PLACE: Mutant = (f"{DELTAS}:drawn", "found[start", "np.roll(found, 1)[start")
 KEPT: Mutant = (f"{DELTAS}:drop", "zip(deltas, density,", "zip(deltas, np.roll(density, 1),")
 OTHERS: Mutant = (f"{DELTAS}:drop", "row /= keep", "row /= 1 - keep")
 RANK: Mutant = (f"{DELTAS}:drop_by_rank", "more * rank", "more * (rank + 1)")

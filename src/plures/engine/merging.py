@@ -26,7 +26,7 @@ Read = Callable[[int, Array], None]
 Write = Callable[[int, Array], None]
 """Takes the elements from a start on."""
 LOOK = 1 << 14
-"""Elements of each of two pieces by which the result is compared: a cosine is then right to 1 % a tensor."""
+"""Elements of a tensor's middle piece by which the result is compared: a cosine is then right to 1 % a tensor."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Told:
 def piece(job: Job) -> int:
     """Elements of a piece: a multiple of what the method does not part.
 
-    Of few models, and where neither histograms nor masks of a density are held beside them, pieces are three times as
-    long: threads then hand the interpreter to each other a third as often, and two of them take two thirds of the time.
+    Of few models pieces are three times as long: threads then hand the interpreter to each other a third as often, and
+    two of them take two thirds of the time.
     """
     unit, held = job.method.unit(job.shape), len(job.reads) + (job.base is not None)
-    longer = 1 if job.method.passes > 1 or "density" in job.method.of_model else max(1, min(3, 9 // held))
+    longer = max(1, min(3, 9 // held))
     return max(1, longer * CHUNK // unit) * unit
 
 
@@ -124,7 +124,7 @@ def merge_all(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
 
 def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
     stats: list[list[Stats]] = [[] for _ in jobs]
-    measured = all(getattr(job.method, "measures", False) for job in jobs)
+    measured, shown = (all(getattr(job.method, k, False) for job in jobs) for k in ("measures", "shows"))
     for turn in range(max(job.method.passes for job in jobs)):
         those = [i for i, job in enumerate(jobs) if job.method.passes > turn]
         told, last = [dict[str, Array]() for _ in jobs], list[Part]()
@@ -133,22 +133,31 @@ def _together(jobs: Sequence[Job], writes: Sequence[Write]) -> list[Told]:
             for i in those:
                 found = cast(Scanner, jobs[i].method).scan(_for(jobs[i], part, len(those)), stats[i])
                 if measured and turn == 0 and not np.isfinite(found["products"]).all():
-                    list(parts(jobs[0], (part.start,)))  # read again, to say which number it is
+                    _look(jobs[0], part.start)
                 _add(told[i], found, prod(part.shape) >= 2**31)
         for part in last:
             for i in those:
                 method, of = cast(Scanner, jobs[i].method), replace(part, given=jobs[i].given)
                 stats[i].append(method.settle(told[i], of, stats[i]))
     step, size = piece(jobs[0]), prod(jobs[0].shape)
-    looked: list[dict[int, Array]] = [{0: np.empty(0), size // step // 2 * step: np.empty(0)} for _ in jobs]
-    for part in parts(jobs[0], trusted=any(stats)):
-        for i, (job, write, kept, before) in enumerate(zip(jobs, writes, looked, stats, strict=True)):
-            out = np.ascontiguousarray(job.method.apply(_for(job, part, len(jobs)), before), np.float32)
+    middle, looked = size // step // 2 * step, [np.empty(0, np.float32)] * len(jobs)
+    for part in parts(jobs[0], trusted=shown or any(stats)):
+        for i, (job, write, before) in enumerate(zip(jobs, writes, stats, strict=True)):
+            with np.errstate(invalid="ignore" if shown else "warn"):
+                out = np.ascontiguousarray(job.method.apply(_for(job, part, len(jobs)), before), np.float32)
+            if shown and not finite(out):
+                out = out.copy()  # it may stand where the piece is read to
+                _look(jobs[0], part.start)
             write(part.start, out)
-            if part.start in kept:
-                kept[part.start] = scratch(f"merged {i} {part.start > 0}", len(out[:LOOK]))
-                kept[part.start][:] = out[:LOOK]
-    return _compare(jobs[0], looked)
+            if part.start == middle:
+                looked[i] = out[:LOOK].copy()
+    return _compare(jobs[0], middle, looked)
+
+
+def _look(job: Job, start: int) -> None:
+    """Read a piece again. Raises: BadInput, which says what number it is, where one is not finite."""
+    for _ in parts(job, (start,)):
+        pass
 
 
 def _add(told: dict[str, Array], found: Stats, large: bool) -> None:
@@ -167,39 +176,26 @@ def _for(job: Job, part: Part, many: int) -> Part:
     return replace(part, values=part.values.copy() if many > 1 else part.values, given=job.given)
 
 
-def _compare(job: Job, merged: Sequence[Mapping[int, Array]]) -> list[Told]:
-    """How the merged pieces of each result lie beside the plain mean of the models."""
-    m, n = len(job.reads), 0
-    gram, conflict, lengths, mean_length = np.zeros((m, m)), 0, [0.0] * len(merged), 0.0
-    for part in parts(job, merged[0], trusted=True, most=LOOK):
-        mean, origin = scratch("b", (2, part.values.shape[1]), np.float64)
-        np.add.reduce(part.values, 0, np.float64, mean)
-        mean /= m
-        origin[:] = mean if part.base is None else part.base
-        deltas = scratch("a", part.values.shape, np.float64)
-        deltas[:] = part.values
-        deltas -= origin
-        gram += deltas @ deltas.T
-        up, down = deltas[0] > 0, deltas[0] < 0
-        for delta in deltas[1:]:
-            up |= delta > 0
-            down |= delta < 0
-        conflict += int(np.count_nonzero(up & down))
-        lengths = [so_far + _apart(kept[part.start], origin) for so_far, kept in zip(lengths, merged, strict=True)]
-        mean_length += _apart(mean, origin)
-        n += len(mean)
+def _compare(job: Job, start: int, merged: Sequence[Array]) -> list[Told]:
+    """How a merged piece of each result lies beside the plain mean of the models."""
+    if not prod(job.shape):
+        return [Told(job.name, 1.0, 0.0, 0.0, 0.0) for _ in merged]
+    part = next(parts(job, (start,), trusted=True, most=LOOK))
+    mean = np.add.reduce(part.values, 0, np.float64) / len(part.values)
+    origin = mean if part.base is None else part.base
+    deltas = np.subtract(part.values, origin, dtype=np.float64)
+    gram = deltas @ deltas.T
+    conflict = np.count_nonzero((deltas > 0).any(0) & (deltas < 0).any(0)) / len(mean)
     size = np.sqrt(np.maximum(np.diag(gram), 1e-300))
-    cosines = (gram / np.outer(size, size))[np.triu_indices(m, 1)]
+    cosines = (gram / np.outer(size, size))[np.triu_indices(len(deltas), 1)]
     cosine = float(np.clip(cosines, -1, 1).mean()) if len(cosines) else 1.0
-    return [Told(job.name, cosine, conflict / max(n, 1), length**0.5, mean_length**0.5) for length in lengths]
+    return [Told(job.name, cosine, conflict, _apart(of, origin), _apart(mean, origin)) for of in merged]
 
 
 def _apart(a: Array, b: Array) -> float:
-    """The square of the distance of two pieces."""
-    wide = scratch("a", a.shape, np.float64)
-    wide[:] = a
-    wide -= b
-    return float(np.square(wide, out=wide).sum())
+    """The distance of two pieces."""
+    apart = np.subtract(a, b, dtype=np.float64)
+    return float(np.dot(apart, apart)) ** 0.5
 
 
 def order(names: Sequence[str]) -> list[str]:

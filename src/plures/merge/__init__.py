@@ -56,7 +56,8 @@ class Merger(Protocol):
     `base` says whether it works on what models add to a base (None: where the recipe names one), and `takes` how many
     models besides that it may be given, at least and at most; `of_model` names what a recipe may say of each model,
     with its default. `passes` are over a tensor's pieces before the last one; a method that has some is a `Scanner`. A
-    piece is a multiple of `unit(shape)` elements, but the last one.
+    piece is a multiple of `unit(shape)` elements, but the last one. A method may say `shows = True`: any number that is
+    not finite makes one in the merged piece, so that nobody looks for such numbers before.
     """
 
     base: ClassVar[bool | None]

@@ -42,6 +42,7 @@ class Linear:
     takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 0
+    shows: ClassVar[bool] = True
     unit = staticmethod(one)
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:

@@ -43,6 +43,7 @@ class TaskArithmetic:
     takes: ClassVar[tuple[int, int]] = ANY
     of_model: ClassVar[Mapping[str, float]] = {"weight": 1.0}
     passes: ClassVar[int] = 0
+    shows: ClassVar[bool] = True
     unit = staticmethod(one)
 
     def apply(self, part: Part, stats: list[Stats]) -> Array:

@@ -4,6 +4,7 @@ products."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from plures.core.errors import WrongUse
 from plures.core.seeds import stream
 from plures.tensors import largest
 from plures.tensors.scratch import scratch
+from plures.tensors.weights import CHUNK
 
 Array = np.ndarray[Any, Any]
 Stats = dict[str, Array]
@@ -87,16 +89,14 @@ def top_settle(told: Stats, k: Array, before: list[Stats]) -> Stats:
     return {"least": largest.threshold(before[-1]["bins"], bins), "left": left}
 
 
-def uniform(seed: int, name: str, model: str, start: int, n: int) -> Array:
-    """Numbers in [0, 1) for the elements from `start` on, float64 `[n]`: by place, whatever the pieces (splitmix64)."""
-    z = np.arange(start, start + n, dtype=np.uint64)
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(stream(seed, "merge", name, model))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def drawn(seed: int, name: str, model: str, start: int, n: int) -> Array:
+    """Random numbers for the elements from `start` on, uint32 `[n]`, by place and whatever the pieces: SFC64's, begun
+    anew every CHUNK elements."""
+    key, first, end = stream(seed, "merge", name, model), start // CHUNK, start + n
+    blocks = [np.random.SFC64([key, i]).random_raw((min(CHUNK, end - i * CHUNK) + 1) // 2).view(np.uint32)
+              for i in range(first, -(-end // CHUNK))]  # fmt: skip
+    found: Array = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    return found[start - first * CHUNK :][:n]
 
 
 def drop(deltas: Array, density: Array, rescale: bool, seed: int, name: str, models: tuple[str, ...],
@@ -104,7 +104,7 @@ def drop(deltas: Array, density: Array, rescale: bool, seed: int, name: str, mod
     """DARE, in place: each number of `[m, n]` stays with the probability of its row, and is then divided by it."""
     for row, keep, model in zip(deltas, density, models, strict=True):
         if keep < 1:
-            row *= uniform(seed, name, model, start, len(row)) < keep
+            row *= drawn(seed, name, model, start, len(row)) < np.uint32(min(ceil(keep * 2**32), 2**32 - 1))
             row /= keep if rescale and keep else 1
 
 
@@ -124,8 +124,8 @@ def drop_by_rank(deltas: Array, density: Array, epsilon: Array, rescale: bool, w
         lines = deltas[i].reshape(-1, width)
         rank = np.argsort(np.argsort(np.abs(lines), axis=1, kind="stable"), axis=1, kind="stable")
         p = keep - more + 2 * more * rank / max(width - 1, 1)
-        drawn = uniform(seed, name, model, start, deltas.shape[1]).reshape(lines.shape)
-        deltas[i] = np.where(drawn < p, lines / (p if rescale else 1), 0).reshape(-1)
+        u = drawn(seed, name, model, start, deltas.shape[1]).reshape(lines.shape) * 2.0**-32
+        deltas[i] = np.where(u < p, lines / (p if rescale else 1), 0).reshape(-1)
 
 
 def crumbs_settle(told: Stats, shape: tuple[int, ...], density: Array, gamma: Array, before: list[Stats]) -> Stats:

@@ -94,11 +94,17 @@ class Weights:
     def _fill(self, name: str, start: int, out: memoryview) -> None:
         """Put the bytes from the element `start` on into `out`, as many as it has."""
         e = self.entries[name]
-        with self._lock, disk(e.file, "read"):  # threads read one model: only the first of them opens a file
-            if e.file not in self._open:
-                self._open[e.file] = os.open(e.file, os.O_RDONLY)
-        if os.preadv(self._open[e.file], [out], e.begin + start * WIDTH[e.kind]) != out.nbytes:
+        if (fd := self._open.get(e.file)) is None:
+            fd = self._opened(e.file)
+        if os.preadv(fd, [out], e.begin + start * WIDTH[e.kind]) != out.nbytes:
             raise BadInput(f"{str(e.file)!r} ends inside {name!r}; fetch the file again")
+
+    def _opened(self, file: Path) -> int:
+        """A file of its descriptor; of the threads that read one model only the first opens it."""
+        with self._lock, disk(file, "read"):
+            if file not in self._open:
+                self._open[file] = os.open(file, os.O_RDONLY)
+            return self._open[file]
 
     def read(self, name: str, start: int, out: Array) -> None:
         """Put the elements from `start` on into `out`, float32, as many as it has. Raises: BadInput for no floats."""
@@ -188,9 +194,8 @@ def half(values: Array, out: Array | None = None) -> Array:
     up &= np.uint32(1)
     up += np.uint32(0x7FFF)
     up += bits
-    up >>= np.uint32(16)
     out = np.empty(values.shape, np.uint16) if out is None else out
-    out[...] = up
+    np.right_shift(up, np.uint32(16), out=out, casting="unsafe")
     if not finite(values.reshape(-1)) and (bad := np.isnan(values)).any():
         out[bad] = 0x7FC0
     return out
