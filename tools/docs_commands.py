@@ -52,11 +52,11 @@ def recipe_page() -> str:
 
 
 def recipes_page() -> str:
-    """docs/recipe-select.md: the templates of choosing rows and of what goes before it."""
+    """docs/recipes.md: the templates of all verbs but train, which has a page of its own."""
     from plures.core.recipe import template
     from plures.flows.recipes import RECIPES
 
     parts = [f"## `plures {verb}`\n\n```text\n{template(of)}```\n" for verb, of in RECIPES.items()
-             if verb not in ("train", "bench")]  # fmt: skip
-    return (f"# The recipes of choosing rows\n\n{MARK}What `plures recipe VERB` prints. How they go together is in "
-            f"[select.md](select.md).\n\n" + "\n".join(parts))  # fmt: skip
+             if verb != "train"]  # fmt: skip
+    return (f"# The recipes of the verbs\n\n{MARK}What `plures recipe VERB` prints; each verb has a page with its "
+            "name. That of `plures train` is in [recipe-train.md](recipe-train.md).\n\n" + "\n".join(parts))  # fmt: skip

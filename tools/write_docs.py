@@ -111,7 +111,7 @@ def pages() -> dict[Path, str]:
         Path("docs/papers.md"): papers_page(),
         Path("docs/cli.md"): cli_page(),
         Path("docs/recipe-train.md"): recipe_page(),
-        Path("docs/recipe-select.md"): recipes_page(),
+        Path("docs/recipes.md"): recipes_page(),
         Path("docs/measured.md"): f"# What was measured\n\n{MARK}{lead}\n\n{measured(brief=False)}\n",
         Path("README.md"): readme,
     }

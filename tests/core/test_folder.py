@@ -11,7 +11,6 @@ from typing import Any, Literal
 import pytest
 
 from plures.adapt import adapts
-from plures.core import folder
 from plures.core.errors import RecipeErrors, WrongUse
 from plures.core.folder import Folder, first_line, method, option_help, options_of
 
@@ -49,7 +48,7 @@ class Entry:
 
 
 def plug_in(monkeypatch: pytest.MonkeyPatch, *entries: Entry) -> None:
-    monkeypatch.setattr(folder, "entry_points", lambda group: entries if group == "plures.adapt" else ())
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries if group == "plures.adapt" else ())
 
 
 def test_cards_import_no_method() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -31,6 +34,15 @@ def test_documents_are_split_whole_and_no_held_out_line_was_trained_on(name: str
         assert not corpus.long_lines(part) & seen
     assert not corpus.long_lines(got.test) & corpus.long_lines(got.valid)
     assert 0 <= got.repeated_share < 0.4
+
+
+def test_the_text_of_a_tenant_is_the_same_in_every_process() -> None:
+    """Sets of texts are printed in an order that hashing decides."""
+    said = "import hashlib; from plures.demo import corpus; print(hashlib.sha256(repr(corpus.documents('bytecode'))" \
+           ".encode()).hexdigest())"  # fmt: skip
+    one, two = (subprocess.check_output([sys.executable, "-c", said], env=os.environ | {"PYTHONHASHSEED": seed})
+                for seed in ("1", "2"))  # fmt: skip
+    assert one == two
 
 
 @pytest.mark.parametrize("name", ALWAYS)

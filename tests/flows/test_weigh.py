@@ -369,6 +369,16 @@ def test_the_command_weighs_and_select_reads(recipe: Make, tmp_path: Path, capsy
     assert "lr_weights: 0.03" in template(WeighRecipe)
 
 
+def test_held_out_rows_that_are_also_weighed_are_counted(recipe: Make, tmp_path: Path) -> None:
+    seen: dict[str, dict[str, Any]] = {}
+    weigh(recipe("steps=1"), sinks=(lambda kind, fields: seen.update({kind: fields}),))
+    assert "overlap" not in seen
+    rows = [json.loads(line)["text"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "held.jsonl", ({"text": t} for t in [*rows[:3], *sentences(5, 7)]))
+    weigh(recipe("steps=1"), sinks=(lambda kind, fields: seen.update({kind: fields}),))
+    assert seen["overlap"]["rows"] == 3 and seen["overlap"]["held_out"] == 8
+
+
 def test_one_process_at_a_time_writes_a_file(recipe: Make, tmp_path: Path) -> None:
     lock = tmp_path / "weights.json.lock"
     with held(lock, "is a test"), pytest.raises(StoreBusy, match=r"another process writes '.*weights\.json'"):

@@ -10,7 +10,6 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, overload
@@ -122,6 +121,8 @@ class Folder(Mapping[str, type]):
         return Path(__file__).parent.parent / self.package.rpartition(".")[2]
 
     def _plugins(self) -> dict[str, Any]:
+        from importlib.metadata import entry_points  # slow to import, and most commands name methods of ours alone
+
         return {e.name: e for e in entry_points(group=self.package)}
 
     def _modules(self) -> list[str]:

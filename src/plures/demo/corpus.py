@@ -8,6 +8,7 @@ what is scored was not read in training.
 
 from __future__ import annotations
 
+import ast
 import dis
 import hashlib
 import io
@@ -88,9 +89,18 @@ def _bytecode() -> list[Document]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a SyntaxWarning of the library's own source is not ours to show
             dis.dis(compile(doc.text, doc.name, "exec"), file=text)
-        plain = re.sub(r" at 0x[0-9a-f]+", "", text.getvalue())  # addresses differ from run to run
+        plain = re.sub(r" at 0x[0-9a-f]+", "", text.getvalue())  # addresses and orders differ from run to run
+        plain = re.sub(r"(?<=frozenset\()\{.+?\}(?=\))", _ordered, plain)
         out.append(Document(doc.name, plain[:BYTECODE_CHARACTERS].rpartition("\n")[0] + "\n"))
     return out
+
+
+def _ordered(found: re.Match[str]) -> str:
+    """A set as Python prints it, its elements in the order of what is printed of each."""
+    try:
+        return "{" + ", ".join(sorted(map(repr, ast.literal_eval(found[0])))) + "}"
+    except (SyntaxError, ValueError):  # a text in it has the end of a set
+        return found[0]
 
 
 def _unicode() -> list[Document]:

@@ -27,7 +27,7 @@ from plures.core.events import Events, Sink
 from plures.core.recipe import to_dict
 from plures.core.seeds import stream
 from plures.core.units import si_bytes
-from plures.engine.data import Batches, Rows, encode, read_rows
+from plures.engine.data import Batches, Rows, encode, on_both_sides, read_rows
 from plures.engine.model import Base, empty_base, find_sites, load_base
 from plures.engine.row_weights import refuse
 from plures.engine.score import logits_of
@@ -171,6 +171,8 @@ def _weigh(recipe: WeighRecipe, sinks: tuple[Sink, ...], base: Base | None) -> W
             events.emit("start", name=Path(recipe.out).name, method=f"{' and '.join(_SLOTS)} by {recipe.method()[0]}",
                         steps=recipe.steps, rows=sum(sizes.values()),
                         trained=sum(p.numel() for of in weigher.trained.values() for p in of))  # fmt: skip
+            if both := on_both_sides([rows], [held]):
+                events.emit("overlap", rows=both, held_out=len(held))
             if told:
                 events.emit("resume", step=len(told))
             _steps(recipe, weigher, batches, outer, told, part, events)
