@@ -59,4 +59,4 @@ def recipes_page() -> str:
     parts = [f"## `plures {verb}`\n\n```text\n{template(of)}```\n" for verb, of in RECIPES.items()
              if verb != "train"]  # fmt: skip
     return (f"# The recipes of the verbs\n\n{MARK}What `plures recipe VERB` prints; each verb has a page with its "
-            "name. That of `plures train` is in [recipe-train.md](recipe-train.md).\n\n" + "\n".join(parts))  # fmt: skip
+            "name. `plures train`'s is in [recipe-train.md](recipe-train.md).\n\n" + "\n".join(parts))  # fmt: skip
