@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,6 @@ from plures.core.events import JsonLines
 from plures.store import Store
 
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "fcntl.flock"}
-
-
-def processes() -> ForkServerContext:
-    """Processes forked off one that has imported torch already, so that a test can afford many."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["plures.flows.train"])
-    return context
 
 
 def ticking(real: Callable[..., Any], tick: Callable[[], None]) -> Callable[..., Any]:

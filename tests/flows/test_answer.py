@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import processes
 
+from forked import processes
 from plures.core.errors import BadInput, StoreBusy, WrongUse
 from plures.engine.ask import Ask, Sampling
 from plures.engine.limits import Settings

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import processes
 
 from doors.fakes import FakeServing, last, wait_until, words
+from forked import processes
 from plures.core.errors import BadInput, DiskTrouble, PluresError, StoreBusy, WrongUse
 from plures.engine.ask import Ask, Overloaded, Piece, Sampling
 from plures.flows.asking import Feed, Line, Pump, ask_all
@@ -89,8 +89,6 @@ def run(fleet: Path, kill_at: int) -> None:
 
 def test_killed_at_any_step_each_request_is_answered_once(own_fleet: Path) -> None:
     store, context, n = Batches(own_fleet), processes(), 15
-
-    context.set_forkserver_preload(["plures.server.run", "plures.flows.train", "pytest"])
 
     def child(kill_at: int = 0) -> int | None:
         process = context.Process(target=run, args=(own_fleet, kill_at))

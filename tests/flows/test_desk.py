@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import processes
 
 import plures
+from forked import processes
 from plures.core.errors import BadInput, WrongUse
 from plures.engine.ask import BASE, Unavailable
 from plures.flows.desk import Desk, NotFound, Target

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from killing import count_touches, processes
+from killing import count_touches
 
+from forked import processes
 from pairs import chats, pairs, write_pairs
 from plures.cli.app import main
 from plures.core.errors import BadInput, WrongUse

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from evolve_killed import killed_at_write
-from killing import processes
 
 import plures
+from forked import processes
 from plures.cli.app import main
 from plures.core.errors import BadInput, PluresError, RecipeErrors
 from plures.core.recipe import load

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killing import as_command, count_touches, processes
+from killing import as_command, count_touches
 
+from forked import processes
 from plures.cli.app import main
 from plures.store import Store
 from plures.tensors.variant import Variant

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import seaming
-from killing import processes
 from seaming import NOBODY
 from whole import command, sound, tree
 
 import plures
+from forked import processes
 from plures.core.errors import BadInput
 from plures.store import Store, schema, serve_db
 from plures.store.access import Access

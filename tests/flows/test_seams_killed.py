@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import seaming
-from killing import processes
 from pyarrow import parquet
 from whole import sound, tree
 
 import plures
+from forked import processes
 from plures.store import Store
 from plures.tensors.safe import file_hash
 from tiny import sentences

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from killing import as_command, processes
+from killing import as_command
 
+from forked import processes
 from plures.core.errors import BadInput, DiskTrouble, PluresError, StoreBusy
 from plures.core.recipe import load
 from plures.engine.model import load_base, reference

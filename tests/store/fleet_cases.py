@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
-from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,6 @@ from plures.tensors.variant import BaseRef, Variant
 BASE = BaseRef("tiny", "r1", "b" * 64)
 OTHER = BaseRef("large", "r2", "c" * 64)
 SITES = tuple(Site(f"layers.{i}.q", 8, 8, None, i, 3) for i in range(3))
-
-
-def processes() -> ForkServerContext:
-    """Processes forked off one that has imported torch already, so that a test can afford many."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["plures.store"])
-    return context
 
 
 def variant(seed: int, pool: int = 0, base: BaseRef = BASE, **provenance: Any) -> Variant:

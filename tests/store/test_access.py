@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet_cases import BASE, processes
+from fleet_cases import BASE
 
+from forked import processes
 from plures.core.errors import BadInput, DiskTrouble, WrongUse
 from plures.store import Store
 from plures.store.access import APPLICATION_ID, FILE, MIGRATIONS, Access, Tenant

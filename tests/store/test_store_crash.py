@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet_cases import BASE, die_at, processes, publish_until_killed, same, tree, variant
+from fleet_cases import BASE, die_at, publish_until_killed, same, tree, variant
 
+from forked import processes
 from plures.core.errors import BadInput, DiskTrouble, PluresError
 from plures.store import Store
 

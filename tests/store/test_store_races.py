@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from fleet_cases import (
     BASE,
-    processes,
     publish_and_remove,
     publish_ten,
     same,
@@ -15,6 +14,7 @@ from fleet_cases import (
     variant,
 )
 
+from forked import processes
 from plures.core.errors import StoreBusy
 from plures.store import Store, load, publish
 from plures.store.blobs import Blobs
