@@ -161,6 +161,7 @@ def test_a_killed_run_ends_with_the_same_bytes(recipe: Make, tmp_path: Path) -> 
     assert file_hash(tmp_path / "b.parquet") == plain
 
 
+@pytest.mark.slow
 def test_cells_on_ray_are_the_same(recipe: Make, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     select(recipe())
