@@ -28,6 +28,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 8, 4, 4, 6], [1, 1, 30, 2, 0], [9, 3, 11, 8, 5]])
 
 every = pytest.mark.parametrize("method", sorted(adapts))
+OFTEN = ("dora", "full", "lora", "mos", "vera")  # tests of all others that take seconds each are with the slow ones
+every_slowly = pytest.mark.parametrize(
+    "method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in sorted(adapts)])  # fmt: skip
 merging = pytest.mark.parametrize("method", sorted(MERGES))
 
 

@@ -8,7 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
-from plugged import LOW_RANK, POOLED, READS, TARGETS, adapted, backward, base, config, every, logits, merging, sites
+from plugged import (
+    LOW_RANK,
+    POOLED,
+    READS,
+    TARGETS,
+    adapted,
+    backward,
+    base,
+    config,
+    every,
+    every_slowly,
+    logits,
+    merging,
+    sites,
+)
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -164,7 +178,7 @@ def test_status(method: str) -> None:
     assert len(get_layer_status(model)) == len(sites(model))
 
 
-@every
+@every_slowly
 def test_compiled(method: str) -> None:
     model = adapted(method)
     want = logits(model)

@@ -9,14 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from plugged import base, config, logits
+from plugged import base, config, every, every_slowly, logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from plures.adapt import adapts
-
-every = pytest.mark.parametrize("method", sorted(adapts))
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{w}") for w in (
     r"`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning",  # said inside TRL and PEFT
@@ -62,7 +59,7 @@ def same(one: nn.Module, two: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@every
+@every_slowly
 def test_a_resumed_training_equals_an_uninterrupted_one(method: str, tmp_path: Path) -> None:
     def trainer(folder: Path, **settings: Any) -> Trainer:
         model = get_peft_model(base(), config(method, init_weights=True, dropout=0.1))

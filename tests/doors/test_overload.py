@@ -51,6 +51,7 @@ async def offer(url: str, rate: float, seconds: float) -> list[tuple[int, str]]:
         return list(await asyncio.gather(*tasks))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_four_times_too_much_is_refused_and_forgotten(own_fleet: Path) -> None:
     size = ("--rows", "2", "--kv-tokens", "512")
