@@ -32,7 +32,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**made, "at": at}
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_every_step_tells_what_it_measured(told: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 COMMAND = [sys.executable, "-m", "plures", "demo", "--tenants", "topics", "--steps", "4", "--workers", "1"]
 STEPS = ("choosing", "training", "merging", "packing", "serving")
 
@@ -50,7 +50,7 @@ def test_killed_in_any_step_it_leaves_nothing_and_begins_anew(tmp_path: Path) ->
         while (left := running(process.pid)) and time.monotonic() < until:
             time.sleep(0.1)
         assert left == [], f"killed while {step}, processes went on"
-    done = subprocess.run([*COMMAND, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=250, check=True)
+    done = subprocess.run([*COMMAND, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=True)
     told = json.loads(done.stdout)
     assert told["fsck"] == [] and len(told["served"]["answers"]) == 3
     assert (tmp_path / "demo" / "index.html").exists()

@@ -20,7 +20,7 @@ from pages import fenced
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = fenced(ROOT / "docs" / "first-hour.md", "bash|python|output")
 SECTIONS = list(dict.fromkeys(heading for heading, _, _ in BLOCKS))
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DONE = "--- the block is done ---"
 NUMBER = r"(?<![\d.])\d+\.\d+(?![\d.])"
 
