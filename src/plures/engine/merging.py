@@ -63,11 +63,11 @@ def piece(job: Job) -> int:
     """Elements of a piece: a multiple of what the method does not part.
 
     Of few models pieces are several times as long, less so where masks of a density are held beside them: threads then
-    hand the interpreter to each other as many times less often, and two of them take two thirds of the time.
+    hand the interpreter to each other as many times less often.
     """
     unit, held = job.method.unit(job.shape), len(job.reads) + (job.base is not None)
-    longer = min(3, 9 // held) if "density" in job.method.of_model else min(6, 12 // held)
-    return max(1, max(1, longer) * CHUNK // unit) * unit
+    longer = max(1, min(3, 9 // held) if "density" in job.method.of_model else min(6, 12 // held))
+    return max(1, longer * CHUNK // unit) * unit
 
 
 def parts(job: Job, only: Collection[int] | None = None, trusted: bool = False, most: int = sys.maxsize

@@ -100,7 +100,7 @@ class Weights:
             raise BadInput(f"{str(e.file)!r} ends inside {name!r}; fetch the file again")
 
     def _opened(self, file: Path) -> int:
-        """A file of its descriptor; of the threads that read one model only the first opens it."""
+        """A file's descriptor; of the threads that read one model only the first opens it."""
         with self._lock, disk(file, "read"):
             if file not in self._open:
                 self._open[file] = os.open(file, os.O_RDONLY)
