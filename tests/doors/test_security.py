@@ -35,7 +35,8 @@ from plures.flows.desk import Desk
 from plures.flows.merge_recipe import load as load_merge
 from plures.pack import packs
 from plures.server.app import make_app
-from plures.server.run import Doors, Service, check_open
+from plures.server.loopback import check_open
+from plures.server.run import Doors, Service
 from plures.store import Store
 from plures.store.access import Access, Tenant
 from plures.store.versions import Score

@@ -239,7 +239,8 @@ def apart(some: Any, others: Any) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "config"), FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "config"), [FAMILIES[0], *(pytest.param(*f, marks=pytest.mark.slow) for f in FAMILIES[1:])])  # fmt: skip
 def test_the_decoder_is_the_cpus(on: Any, kind: str, config: dict[str, Any], tmp_path: Path) -> None:
     base, held, rows = a_case(tmp_path, kind, config)
     cpu, device = Decoder(base.model), on.device.DeviceDecoder(base.model, device=on.at)

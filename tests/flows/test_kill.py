@@ -67,7 +67,10 @@ def run(make_fleet: Callable[..., Path], text_rows: Path) -> Run:
     return Run(make_fleet(), text_rows)
 
 
-def test_killed_at_twenty_touches_of_the_disk_in_training_and_publishing(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("training", "publishing"), [(3, 2), pytest.param(10, 8, marks=pytest.mark.slow)])
+def test_killed_at_touches_of_the_disk_in_training_and_publishing(
+    run: Run, tmp_path: Path, training: int, publishing: int
+) -> None:
     context, rng = processes(), random.Random(0)
 
     def one(name: str, kill_at: int = 0) -> int | None:
@@ -80,14 +83,15 @@ def test_killed_at_twenty_touches_of_the_disk_in_training_and_publishing(run: Ru
     trained, total = map(int, (tmp_path / "touches").read_text().split())
     assert trained > 50
     assert total - trained > 20
-    moments = [*rng.sample(range(1, trained), 10), *rng.sample(range(trained, total - 1), 8), total - 1, total]
+    before, after = rng.sample(range(1, trained), training), rng.sample(range(trained, total - 1), publishing)
+    moments = [*before, *after, total - 1, total]
     found = []
     for i, moment in enumerate(moments):
         assert one(f"killed-{i}", moment) == -signal.SIGKILL
         found.append(run.check(f"killed-{i}"))
-    assert not any(found[:10])  # in training nothing is published
+    assert not any(found[:training])  # in training nothing is published
     assert found[-2:] == [True, True]  # after the transaction
-    assert not all(found[10:])
+    assert not all(found[training:])
 
 
 def test_killed_at_four_random_times_and_again_while_resuming(run: Run) -> None:

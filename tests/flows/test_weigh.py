@@ -194,8 +194,9 @@ def recipe(make_fleet: Callable[..., Path], tmp_path: Path) -> Make:
 
 
 @pytest.mark.parametrize(
-    "said", [(), ("adapt={method: full}", "lr=0.001"), ("adapt={method: mos, r: 4, e: 2, l: 2}", "lr=0.005")]
-)
+    "said", [(), pytest.param(("adapt={method: full}", "lr=0.001"), marks=pytest.mark.slow),
+             pytest.param(("adapt={method: mos, r: 4, e: 2, l: 2}", "lr=0.005"), marks=pytest.mark.slow)]
+)  # fmt: skip
 def test_the_source_of_the_held_out_rows_kind_weighs_most(recipe: Make, tmp_path: Path, said: tuple[str, ...]) -> None:
     done = weigh(recipe(*said))
     assert done.weights["kin"] > 0.85  # by four seeds, after 80 steps: 0.93 to 0.99

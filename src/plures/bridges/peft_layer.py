@@ -178,6 +178,8 @@ class PluresLayer(nn.Module, BaseTunerLayer):
                              "`unmerge_adapter` first.")  # fmt: skip
         y = self.base_layer(x, *args, **kwargs)
         for adapter in (a for a in dict.fromkeys(adapter_names) if a in self.plures_own):  # "__base__" never is
+            if adapter_names.count(adapter) == len(x):
+                return self._adapt(adapter, x, y)
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == adapter], device=x.device)
             y = y.index_copy(0, rows, self._adapt(adapter, x[rows], y[rows]))
         return y

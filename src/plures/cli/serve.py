@@ -39,17 +39,21 @@ def command(
     import threading
     from json import dumps
 
+    from plures.core.errors import WrongUse
+    from plures.server.loopback import check_open
+
+    if replicas != 1 and not on:
+        raise WrongUse("--replicas needs --on ray; without it there is one process")
+    check_open(host, open)
+
     import torch
 
-    from plures.core.errors import WrongUse
     from plures.engine.limits import Settings
     from plures.server.keep import Keeper
     from plures.server.on_ray import OnRay
     from plures.server.routing import read_routes
     from plures.server.run import Service
 
-    if replicas != 1 and not on:
-        raise WrongUse("--replicas needs --on ray; without it there is one process")
     if threads:
         torch.set_num_threads(threads)
     routes = read_routes(route or [])

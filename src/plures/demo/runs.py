@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -113,22 +113,33 @@ def train_one(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train_all(chains: Sequence[Sequence[Job]], workers: int, say: Say) -> list[list[dict[str, Any]]]:
-    """Train all jobs, one process and one thread each: at this size that beats one process with many threads.
-
-    The jobs of a chain are trained in their order, chains side by side; rows come back as the jobs went in.
-    """
-    workers = workers or min(4, os.cpu_count() or 1)
-    rows: list[list[dict[str, Any]]] = [[] for _ in chains]
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Processes that train and score, one thread each: at this size that beats one process with many threads."""
     how = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=how, initializer=end_with_parent) as pool:
-        asked = {pool.submit(train_in_turn, chain): at for at, chain in enumerate(chains)}
-        for done in as_completed(asked):
-            rows[asked[done]] = done.result()
-            for row in done.result():
-                say(f"  {row['ref']:24s} {row['trained']:>8,} numbers  {row['bits_per_byte']:.4f} bits/byte  "
-                    f"{row['cpu_s']:5.1f} CPU s")  # fmt: skip
+    return ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1), mp_context=how, initializer=end_with_parent)
+
+
+def train_all(processes: Executor, chains: Sequence[Sequence[Job]], say: Say) -> list[list[dict[str, Any]]]:
+    """Train all jobs, those of a chain in their order, chains side by side; rows come back as the jobs went in."""
+    rows: list[list[dict[str, Any]]] = [[] for _ in chains]
+    asked = {processes.submit(train_in_turn, chain): at for at, chain in enumerate(chains)}
+    for done in as_completed(asked):
+        rows[asked[done]] = done.result()
+        for row in done.result():
+            say(f"  {row['ref']:24s} {row['trained']:>8,} numbers  {row['bits_per_byte']:.4f} bits/byte  "
+                f"{row['cpu_s']:5.1f} CPU s")  # fmt: skip
     return rows
+
+
+def bits(fleet: str, ref: str | None, rows: str) -> float:
+    """Bits per byte of a file's text, by a variant of a fleet or by its base; in this process."""
+    import torch
+
+    from plures.flows.fleet import Fleet
+
+    torch.set_num_threads(1)
+    with Fleet(fleet) as opened:
+        return opened.score(ref, rows, max_tokens=WINDOW_TOKENS).bits_per_byte
 
 
 def fast_bfloat16() -> bool:

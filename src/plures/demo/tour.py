@@ -10,18 +10,16 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from plures.core.errors import WrongUse
 from plures.core.events import read_events
 from plures.demo import pool, runs
 from plures.demo.runs import BASE, CONTENDERS, PICKER, WINDOW_TOKENS, Contender, Job, Say, line
-
-if TYPE_CHECKING:
-    from plures.flows.fleet import Fleet
 
 MARK = ".plures-demo"
 PICKED = "topics-tenth"  # trained on a tenth of a pool: version 1 on chosen rows, version 2 on random ones
@@ -43,9 +41,9 @@ PROMPTS = {
 class Tour:
     """One run of the demo: its folder, what was measured, the commands, and how long each step took."""
 
-    def __init__(self, folder: Path, names: list[str], seeds: int, steps: int, workers: int, say: Say) -> None:
-        self.folder, self.names, self.seeds, self.steps, self.workers, self.say = (
-            folder, names, seeds, steps, workers, say)  # fmt: skip
+    def __init__(self, folder: Path, names: list[str], seeds: int, steps: int, processes: Executor, say: Say) -> None:
+        self.folder, self.names, self.seeds, self.steps, self.processes, self.say = (
+            folder, names, seeds, steps, processes, say)  # fmt: skip
         self.path, self.packed = folder / "demo.fleet", folder / "demo.packed.fleet"
         self.told: dict[str, Any] = {"tenants": names, "seeds": seeds, "steps": steps}
         self.commands: dict[str, list[str]] = {}
@@ -66,9 +64,10 @@ class Tour:
         """The file of a tenant's held-out text."""
         return str(self.folder / "data" / tenant / "test.jsonl")
 
-    def bits(self, fleet: Fleet, ref: str | None, tenant: str) -> float:
-        """Bits per byte of a tenant's held-out text."""
-        return fleet.score(ref, self.test(tenant), max_tokens=WINDOW_TOKENS).bits_per_byte
+    def bits(self, fleet: Path, asked: Iterable[tuple[str | None, str]]) -> Callable[[], list[float]]:
+        """Begin to score `(reference, tenant)`, None for the base, and give what waits for their bits per byte."""
+        scores = [self.processes.submit(runs.bits, str(fleet), ref, self.test(tenant)) for ref, tenant in asked]
+        return lambda: [score.result() for score in scores]
 
     def select(self) -> None:
         """A tenth of a spoilt pool, by what resembles the target, and at random."""
@@ -101,7 +100,7 @@ class Tour:
         """A variant of the demo's fleet."""
         return Job(str(self.path), name, tenant, contender, seed, steps or self.steps, train, self.test(tenant))
 
-    def train(self, fleet: Fleet) -> None:
+    def train(self) -> None:
         """Each tenant's variants, and two versions of one that reads a tenth of the pool."""
         data = self.folder / "data"
         chains = [
@@ -113,17 +112,20 @@ class Tour:
                   for rows in ("chosen", "random")]  # fmt: skip
         jobs = [job for chain in [*chains, picked] for job in chain]
         with self.step("train", f"training {len(jobs)} variants of {self.steps} steps or fewer …") as said:
-            *rows, tenth = runs.train_all([*chains, picked], self.workers, self.say)
+            of = list(dict.fromkeys([*self.names, "topics"]))
+            base = self.bits(self.path, [(None, n) for n in of])
+            *rows, tenth = runs.train_all(self.processes, [*chains, picked], self.say)
+            base_bits = dict(zip(of, base(), strict=True))
             said += [line("train", job.recipe()) for job in jobs]
         self.told["rows"] = sorted((r for chain in rows for r in chain),
                                    key=lambda r: (r["seed"], r["tenant"], r["contender"]))  # fmt: skip
         self.told["tenth"] = [{"rows": rows, **row} for rows, row in zip(("chosen", "random"), tenth, strict=True)]
-        base_bits = {n: self.bits(fleet, None, n) for n in self.names}
-        self.told |= {"base_bits_per_byte": base_bits, "summary": runs.summarise(self.told["rows"], base_bits)}
-        self.told["tenth_base"] = base_bits.get("topics") or self.bits(fleet, None, "topics")
+        own = {n: base_bits[n] for n in self.names}
+        self.told |= {"base_bits_per_byte": own, "summary": runs.summarise(self.told["rows"], own)}
+        self.told["tenth_base"] = base_bits["topics"]
         self.say("\n" + runs.table(self.told))
 
-    def merge(self, fleet: Fleet) -> None:
+    def merge(self) -> None:
         """Half of each of two tenants' variants, as one; with one tenant, its own and the one on chosen rows."""
         from plures.flows.combine import combine
 
@@ -134,18 +136,19 @@ class Tour:
             said.append(shlex.join(["plures", "merge", *(f"{ref}=0.5" for ref in two), "--name", MERGED,
                                     "--fleet", str(self.path)]))  # fmt: skip
             done = combine(self.path, dict.fromkeys(two, 0.5), MERGED)
+            asked = [(ref, n) for n in tenants for ref in (*two, MERGED)]
             said += [shlex.join(["plures", "score", ref, self.test(n), "--max-tokens", str(WINDOW_TOKENS), "--fleet",
-                                 str(self.path)]) for n in tenants for ref in (*two, MERGED)]  # fmt: skip
-            bits = {n: {"base": self.told["base_bits_per_byte"][n]}
-                    | {ref: self.bits(fleet, ref, n) for ref in (*two, MERGED)} for n in tenants}  # fmt: skip
+                                 str(self.path)]) for ref, n in asked]  # fmt: skip
+            bits = {n: {"base": self.told["base_bits_per_byte"][n]} for n in tenants}
+            for (ref, n), found in zip(asked, self.bits(self.path, asked)(), strict=True):
+                bits[n][ref] = found
         self.told["merged"] = {"of": two, "rank": done.rank, "error": done.error, "bits_per_byte": bits}
-        for n, found in bits.items():
-            self.say(f"  {n}: " + ", ".join(f"{ref} {value:.4f}" for ref, value in found.items()))
+        for n, by in bits.items():
+            self.say(f"  {n}: " + ", ".join(f"{ref} {value:.4f}" for ref, value in by.items()))
 
     def pack(self) -> None:
         """All variants in fewer bytes, and what is left of the gain."""
         from plures.core.recipe import load
-        from plures.flows.fleet import Fleet
         from plures.flows.pack import pack
         from plures.flows.recipes import PackRecipe
 
@@ -153,8 +156,8 @@ class Tour:
         with self.step("pack", "packing the fleet …") as said:
             said.append(line("pack", recipe))
             done = pack(load(PackRecipe, recipe))
-            with Fleet(self.packed) as fleet:
-                after = {f"{n}-{KEPT}": self.bits(fleet, f"{n}-{KEPT}", n) for n in self.names}
+            refs = [f"{n}-{KEPT}" for n in self.names]
+            after = dict(zip(refs, self.bits(self.packed, zip(refs, self.names, strict=True))(), strict=True))
         before = {f"{r['tenant']}-{r['contender']}": r["bits_per_byte"] for r in self.told["rows"] if not r["seed"]}
         self.told["packed"] = {
             "shared_bytes": done.shared_bytes, "lines": [vars(x) for x in done.lines],
@@ -199,19 +202,21 @@ def run(
 
     from plures.flows.fleet import Fleet
 
-    torch.set_num_threads(1)  # scoring here is short, and spinning threads are slow on a busy machine
+    torch.set_num_threads(1)  # what this process computes is short, and spinning threads are slow on a busy machine
     facts = json.loads((BASE / "training.json").read_text())
     say(f"base: a Llama of 2.8 million parameters, trained on {facts['tokens_seen'] / 1e6:.0f} million tokens of "
         f"Python {facts['python']}'s standard library; tenants: {', '.join(names)}")  # fmt: skip
-    tour = Tour(folder, names, seeds, steps, workers, say)
+    processes = runs.processes(workers)
+    tour = Tour(folder, names, seeds, steps, processes, say)
     tour.told["repeated_share"] = {
         n: runs.write_tenant(n, folder / "data" / n).repeated_share for n in dict.fromkeys([*names, "topics"])}
     tour.commands["init"] = [shlex.join(["plures", "init", str(tour.path), "--base", str(BASE)])]
     with Fleet(tour.path, base=str(BASE)) as fleet:
         tour.select()
-        tour.train(fleet)
-        tour.merge(fleet)
-        tour.pack()
+        with processes:
+            tour.train()
+            tour.merge()
+            tour.pack()
         for ref in (*(f"{n}-mos-e1" for n in names), f"{PICKED}@1"):
             fleet.store.alias(ref, "prod")
         lora = fleet[f"{names[0]}-mos-e1@prod"].export(folder / f"{names[0]}-as-lora", "lora")

@@ -21,13 +21,13 @@ from plures.flows.desk import Desk
 from plures.server import batches, openai, page
 from plures.server.batch_form import make_runner
 from plures.server.errors import Refused, install, public, shape
+from plures.server.loopback import LOOPBACK
 from plures.server.metrics import Metrics
 from plures.server.routing import Table
 from plures.store.access import Key, Tenant
 
 MAX_BODY_BYTES = 8 << 20
 EVERYBODY = Tenant("everybody")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BODY_S = 60.0
 _OWN = "script-src 'self'; style-src 'self'; connect-src 'self'"
 _CSP = f"default-src 'none'; {_OWN}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

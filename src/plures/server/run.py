@@ -13,14 +13,15 @@ from typing import Any, Protocol
 
 import uvicorn
 
-from plures.core.errors import BadInput, WrongUse
+from plures.core.errors import BadInput
 from plures.engine.ask import Serving
 from plures.engine.limits import Settings
 from plures.flows.desk import Desk
 from plures.server.admin import make_admin
-from plures.server.app import EVERYBODY, LOOPBACK, FromHere, make_app
+from plures.server.app import EVERYBODY, FromHere, make_app
 from plures.server.batch_form import make_runner
 from plures.server.keep import Keeper
+from plures.server.loopback import check_open
 from plures.server.routing import Table
 
 LAST_S = 2.0  # to say the last word to callers, whatever the grace
@@ -86,12 +87,6 @@ class Doors:
     def _close(self) -> None:
         for _, listening in self._servers:
             listening.close()
-
-
-def check_open(host: str, open: bool) -> None:
-    """Raises: WrongUse where everybody on the network would be answered without a key."""
-    if open and host not in LOOPBACK:
-        raise WrongUse(f"open serving (no keys) on {host!r} would answer everybody; serve with keys: plures key")
 
 
 class Behind(Protocol):
