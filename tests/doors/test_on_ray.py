@@ -239,7 +239,7 @@ def test_a_replica_killed_and_a_stop(own_fleet: Path) -> None:
         assert all(said == want[model] if status == 200 else "ask again" in said for model, status, said in told)
         assert sum(status == 503 for _, status, _ in told) <= 16  # those that were under way, once
         assert [server.text(model, max_tokens=100) for model in MODELS] == list(want.values())
-        wait_until(lambda: len(server.replicas()) == 2 and gone["replica"] not in server.replicas(), 90)
+        wait_until(lambda: len(server.replicas()) == 2 and gone["replica"] not in server.replicas(), 300)
         assert [server.text(model, max_tokens=100) for model in MODELS] == list(want.values())
 
         lines = list[str]()
