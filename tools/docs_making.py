@@ -216,13 +216,11 @@ def pack_measure(said: dict[str, Any], brief: bool) -> str:
         held_head = ("variants | asked for: | times fewer bytes than int4: | gain left: | at least: | "
                      "on the other half: | looks: | not reached:")  # fmt: skip
         plain, noise = fleet["random"]
-        code = said.get("code", {}).get(number, "")  # where the fleets were not measured in one run
-        of_code = f" The code is that of {code}." if code else ""
         begun = "begun at one A" if number == "0" else "each begun at its own A"
         out.append(
             f"Fleet {number}: 64 LoRAs of rank 8 at 24 sites of the demo's base, {begun}; they gain "
             f"{fleet['gain_nats_mean']:.3f} nats a token on held-out text on average, {fleet['gain_nats_min']:.3f} at "
-            f"least. The metric is measured on rows that no score reads.{of_code}\n\n{table(head, rows)}\n\n"
+            f"least. The metric is measured on rows that no score reads.\n\n{table(head, rows)}\n\n"
             f"Each variant as coarsely as leaves what is asked for of its gain (`--held-out`), at an error of "
             f"{fleet['guarded'][0]['error']} at most, amortised over 10,000 variants:\n\n{table(held_head, held)}\n\n"
             f"Factors of noise at int4's error ({plain['error_mean']:.3f}): klt takes "

@@ -46,7 +46,7 @@ def command(
         raise WrongUse("--replicas needs --on ray; without it there is one process")
     check_open(host, open)
 
-    import torch
+    import torch  # seconds: what is refused without it was refused above
 
     from plures.engine.limits import Settings
     from plures.server.keep import Keeper
